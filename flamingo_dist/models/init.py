@@ -1,0 +1,67 @@
+"""Initialisation that does not depend on the layout.
+
+Parameters are tagged when they are made and filled later, each from a generator seeded by the run's seed
+and the parameter's name: the full tensor is drawn and each tensor-parallel rank keeps its slice. The same
+seed therefore gives the same network under every tensor-parallel, data-parallel and ZeRO layout.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamTag:
+    """How a parameter is filled and how tensor parallelism cuts it."""
+
+    std: float | None = None
+    """Standard deviation of a normal draw with mean 0; None for a constant."""
+    value: float = 0.0
+    """The constant, where `std` is None."""
+    partition_dim: int | None = None
+    """The dimension that tensor parallelism slices evenly; None if every rank holds the whole tensor."""
+
+
+def tag(
+    param: nn.Parameter, *, std: float | None = None, value: float = 0.0, partition_dim: int | None = None
+) -> nn.Parameter:
+    """Attach a `ParamTag` to `param` and Megatron's own marks, and return `param`.
+
+    Megatron's `tensor_model_parallel` mark is what DeepSpeed reads to count a sharded parameter on every
+    tensor-parallel rank, and a replicated one once, in the global gradient norm.
+    """
+    param.flamingo_tag = ParamTag(std=std, value=value, partition_dim=partition_dim)  # type: ignore[attr-defined]
+    param.tensor_model_parallel = partition_dim is not None  # type: ignore[attr-defined]
+    param.partition_dim = -1 if partition_dim is None else partition_dim  # type: ignore[attr-defined]
+    param.partition_stride = 1  # type: ignore[attr-defined]
+    return param
+
+
+def draw(
+    name: str, param_tag: ParamTag, shard_shape: torch.Size, *, seed: int, tp_rank: int, tp_size: int
+) -> Tensor:
+    """Return the fp32 values of one tensor-parallel rank's shard of the parameter `name`.
+
+    Args:
+        name: the parameter's full name in the network; the generator's seed depends on it.
+        param_tag: how the parameter is filled and cut.
+        shard_shape: shape of this rank's shard.
+        seed: the run's seed.
+        tp_rank: this rank in the tensor-parallel group.
+        tp_size: size of the tensor-parallel group.
+
+    Returns:
+        fp32 tensor of shape `shard_shape` on the CPU.
+    """
+    if param_tag.std is None:
+        return torch.full(shard_shape, param_tag.value)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    full_shape = list(shard_shape)
+    dim = param_tag.partition_dim
+    if dim is not None:
+        full_shape[dim] *= tp_size
+    full = torch.randn(full_shape, generator=generator) * param_tag.std
+    return full if dim is None else full.chunk(tp_size, dim=dim)[tp_rank].contiguous()
