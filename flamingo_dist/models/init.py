@@ -22,20 +22,28 @@ class ParamTag:
     """The constant, where `std` is None."""
     partition_dim: int | None = None
     """The dimension that tensor parallelism slices evenly; None if every rank holds the whole tensor."""
+    stride: int = 1
+    """Matrices stacked along `partition_dim`, each sliced on its own (2 for Megatron's gate and up)."""
 
 
 def tag(
-    param: nn.Parameter, *, std: float | None = None, value: float = 0.0, partition_dim: int | None = None
+    param: nn.Parameter,
+    *,
+    std: float | None = None,
+    value: float = 0.0,
+    partition_dim: int | None = None,
+    stride: int = 1,
 ) -> nn.Parameter:
     """Attach a `ParamTag` to `param` and Megatron's own marks, and return `param`.
 
     Megatron's `tensor_model_parallel` mark is what DeepSpeed reads to count a sharded parameter on every
     tensor-parallel rank, and a replicated one once, in the global gradient norm.
     """
-    param.flamingo_tag = ParamTag(std=std, value=value, partition_dim=partition_dim)  # type: ignore[attr-defined]
+    tagged = ParamTag(std=std, value=value, partition_dim=partition_dim, stride=stride)
+    param.flamingo_tag = tagged  # type: ignore[attr-defined]
     param.tensor_model_parallel = partition_dim is not None  # type: ignore[attr-defined]
     param.partition_dim = -1 if partition_dim is None else partition_dim  # type: ignore[attr-defined]
-    param.partition_stride = 1  # type: ignore[attr-defined]
+    param.partition_stride = stride  # type: ignore[attr-defined]
     return param
 
 
@@ -64,4 +72,7 @@ def draw(
     if dim is not None:
         full_shape[dim] *= tp_size
     full = torch.randn(full_shape, generator=generator) * param_tag.std
-    return full if dim is None else full.chunk(tp_size, dim=dim)[tp_rank].contiguous()
+    if dim is None:
+        return full
+    stacked = full.chunk(param_tag.stride, dim=dim)
+    return torch.cat([matrix.chunk(tp_size, dim=dim)[tp_rank] for matrix in stacked], dim=dim)
