@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Evaluation: the grounding probe and close-ended scoring of candidates."""

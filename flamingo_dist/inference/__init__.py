@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Generation: few-shot prompts, greedy and sampled decoding, beam search."""

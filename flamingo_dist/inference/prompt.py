@@ -1,0 +1,197 @@
+"""Prompts for few-shot and zero-shot evaluation (paper, section "Evaluation" and appendix on prompts).
+
+A prompt of two shots and a query reads `<BOS><image>Output: a cat<EOC><image>Output: a
+dog<EOC><image>Output:`. Token ids and the text encoder come in as arguments, so this module knows no
+tokenizer.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Encode: TypeAlias = Callable[[str], list[int]]
+"""Text to token ids, without any special token of its own."""
+
+Fields: TypeAlias = Mapping[str, str]
+"""What a template is filled with, such as {"caption": "a cat"}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptIds:
+    """Ids of the special tokens."""
+
+    bos: int | None
+    """Start of a sequence; None for a vocabulary without one."""
+    image: int
+    """`<image>`: stands where a medium (an image or a video) was."""
+    eoc: int
+    """`<EOC>`, end of chunk: closes the text that belongs to one medium."""
+    eos: int | None
+    """End of a document; None for a vocabulary without one."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated text: `<EOC>`, and EOS where there is one."""
+        return (self.eoc,) if self.eos is None else (self.eoc, self.eos)
+
+    @property
+    def never_generated(self) -> tuple[int, ...]:
+        """Ids that must not be generated: a new `<image>` would point at a medium that does not exist."""
+        return (self.image,) if self.bos is None else (self.image, self.bos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """Text around an answer, as `str.format` templates."""
+
+    shot: str = "Output: {caption}"
+    """Text of one complete example."""
+    query: str = "Output:"
+    """Text up to where the answer starts: the beginning of `shot`, in tokens as well."""
+
+
+CAPTIONING = PromptTemplate()
+"""The paper's captioning prompt."""
+
+QUESTION_ANSWERING = PromptTemplate(
+    shot="Question: {question} Answer: {answer}", query="Question: {question} Answer:"
+)
+"""The paper's visual question answering prompt."""
+
+PLAIN_CAPTION = PromptTemplate(shot="{caption}", query="")
+"""Captions as they stand in image-text training data: `<image>{caption}<EOC>`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Tokens of a prompt and, for each, the medium it sees."""
+
+    tokens: tuple[int, ...]
+    """Token ids."""
+    media_index: tuple[int, ...]
+    """phi of the paper: 0 = sees nothing, m in 1..M = sees medium m only; one entry a token."""
+
+    @property
+    def num_media(self) -> int:
+        """Number of media that the prompt speaks of, the query's included."""
+        return max(self.media_index, default=0)
+
+
+def phi(tokens: Sequence[int], image_id: int) -> tuple[int, ...]:
+    """Index of the last medium at or before each token (paper, section 2.3; `<image>` sees its own medium).
+
+    Args:
+        tokens: Token ids, length T.
+        image_id: Id of `<image>`.
+
+    Returns:
+        T integers: 0 before the first `<image>`, then the number of `<image>` met so far.
+    """
+    index, seen = [], 0
+    for token in tokens:
+        seen += token == image_id
+        index.append(seen)
+    return tuple(index)
+
+
+def few_shot_prompt(
+    shots: Sequence[Fields],
+    query: Fields | None = None,
+    *,
+    ids: PromptIds,
+    encode: Encode,
+    template: PromptTemplate = CAPTIONING,
+) -> Prompt:
+    """Build `<BOS>` + one `<image>shot<EOC>` per shot + `<image>query`.
+
+    Args:
+        shots: Support examples in the order in which they are shown; with RICES the most similar comes last.
+            Their media are 1..len(shots), the query's medium is len(shots) + 1. May be empty: a bare query.
+        query: Fields of the query's template, such as {"question": ...}; none for captioning.
+        ids: Ids of the special tokens.
+        encode: Text to token ids.
+        template: Text around an answer.
+
+    Returns:
+        The prompt, which ends where the answer starts.
+    """
+    return _assemble([(True, shot) for shot in shots], query, ids, encode, template)
+
+
+def zero_shot_prompt(
+    text_examples: Sequence[Fields],
+    query: Fields | None = None,
+    *,
+    ids: PromptIds,
+    encode: Encode,
+    template: PromptTemplate = CAPTIONING,
+) -> Prompt:
+    """Build the paper's zero-shot prompt: two examples of the task without their images, then the query.
+
+    `<BOS>Output: {caption 1}<EOC>Output: {caption 2}<EOC><image>Output:`. The examples show the form of the
+    answer and no image. The paper found one example harmful (the model copies it) and more than two of little
+    use.
+
+    Args:
+        text_examples: The examples, two in the paper.
+        query: Fields of the query's template.
+        ids: Ids of the special tokens.
+        encode: Text to token ids.
+        template: Text around an answer.
+
+    Returns:
+        The prompt; the query's medium is the only one, index 1.
+    """
+    if len(text_examples) == 1:
+        warnings.warn(
+            "zero_shot_prompt got 1 text-only example, which the paper found harmful: give 2, or none",
+            stacklevel=2,
+        )
+    return _assemble([(False, example) for example in text_examples], query, ids, encode, template)
+
+
+def answer_tokens(
+    fields: Fields, *, ids: PromptIds, encode: Encode, template: PromptTemplate = CAPTIONING
+) -> tuple[int, ...]:
+    """Tokens that continue a prompt's query with an answer, closed by `<EOC>`.
+
+    The answer is cut out of the encoded example instead of being encoded alone: `Output: cat` holds the token
+    " cat", which "cat" by itself does not give.
+
+    Args:
+        fields: Fields of the whole example, the answer included, such as {"caption": "a cat"}.
+        ids: Ids of the special tokens.
+        encode: Text to token ids.
+        template: Text around an answer.
+
+    Returns:
+        Token ids of the answer and `<EOC>`.
+
+    Raises:
+        ValueError: The tokens of the template's query are no beginning of the example's tokens.
+    """
+    example, opening = encode(template.shot.format(**fields)), encode(template.query.format(**fields))
+    if example[: len(opening)] != opening:
+        raise ValueError(
+            f"the query {template.query!r} gives tokens {opening}, but the example {template.shot!r} starts "
+            f"with {example[: len(opening)]}: write the template so that the query ends at a token boundary, "
+            "without a trailing space"
+        )
+    return (*example[len(opening) :], ids.eoc)
+
+
+def _assemble(
+    examples: Sequence[tuple[bool, Fields]],
+    query: Fields | None,
+    ids: PromptIds,
+    encode: Encode,
+    template: PromptTemplate,
+) -> Prompt:
+    """Join examples, each with or without an image, and the query, which always has one."""
+    tokens = [] if ids.bos is None else [ids.bos]
+    for has_image, fields in examples:
+        tokens += [ids.image] if has_image else []
+        tokens += [*encode(template.shot.format(**fields)), ids.eoc]
+    tokens += [ids.image, *encode(template.query.format(**(query or {})))]
+    return Prompt(tokens=tuple(tokens), media_index=phi(tokens, ids.image))
