@@ -1,0 +1,126 @@
+"""Runs the test suite in phases and ends with one summary.
+
+Light tests run in parallel; tests that start processes of their own run one after another, so that two
+cores are not fought over; tests of the SLURM job need SLURM's daemons and run on request.
+
+Usage: ``python tools/run_tests.py light distributed [slurm] -- [pytest arguments]``
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PHASES: dict[str, list[str]] = {
+    "light": ["-m", "not distributed and not slurm", "-n", "2"],
+    "distributed": ["-m", "distributed and not slurm"],
+    "slurm": ["-m", "slurm"],
+}
+"""What pytest is asked for in each phase."""
+
+NO_TESTS_COLLECTED = 5
+"""Exit code of pytest when the selection is empty."""
+
+
+@dataclass
+class PhaseResult:
+    """Outcome of one phase, read from pytest's JUnit file."""
+
+    name: str
+    exit_code: int
+    seconds: float
+    counts: dict[str, int] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    durations: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the phase passed; an empty selection does."""
+        return self.exit_code in (0, NO_TESTS_COLLECTED)
+
+
+def read_junit(path: Path, result: PhaseResult) -> None:
+    """Fill counts, broken tests and durations of a phase from pytest's JUnit file."""
+    counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
+    if path.exists():
+        for case in ElementTree.parse(path).getroot().iter("testcase"):
+            name = f"{case.get('classname', '')}::{case.get('name', '')}"
+            children = {child.tag for child in case}
+            if "failure" in children:
+                outcome = "failed"
+            elif "error" in children:
+                outcome = "error"
+            else:
+                outcome = "skipped" if "skipped" in children else "passed"
+            counts[outcome] += 1
+            if outcome in ("failed", "error"):
+                result.broken.append(f"{outcome.upper()} {name}")
+            result.durations.append((float(case.get("time", 0.0)), name))
+    result.counts = counts
+
+
+def run_phase(name: str, extra: list[str]) -> PhaseResult:
+    """Run one phase with its output shown as it comes."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", *PHASES[name], f"--junitxml={junit}", *extra]
+        # One thread a process: two workers with a thread pool each would fight over the cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        print(f"=== {name} tests", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        result = PhaseResult(name, code, time.monotonic() - start)
+        read_junit(junit, result)
+    return result
+
+
+def summary(results: list[PhaseResult]) -> str:
+    """Return the closing lines: slowest and broken tests, a line a phase, the total in pytest's form."""
+    lines = ["", "=== summary"]
+    slowest = sorted((entry for result in results for entry in result.durations), reverse=True)[:5]
+    lines += [f"slow: {seconds:6.1f} s  {name}" for seconds, name in slowest if seconds >= 1.0]
+    total: dict[str, int] = {}
+    for result in results:
+        lines += result.broken
+        if not result.ok and not result.broken:
+            lines.append(f"FAILED phase {result.name}: pytest ended with exit code {result.exit_code}")
+        shown = ", ".join(f"{count} {outcome}" for outcome, count in result.counts.items() if count)
+        lines.append(f"{result.name}: {shown or 'no tests'} in {result.seconds:.1f} s")
+        for outcome, count in result.counts.items():
+            total[outcome] = total.get(outcome, 0) + count
+    if not all(result.ok for result in results) and not total["failed"] + total["error"]:
+        total["error"] += 1  # a phase that crashed must not end in a green-looking line
+    order = ("failed", "passed", "skipped", "error")
+    shown = ", ".join(f"{total[outcome]} {outcome}" for outcome in order if total[outcome])
+    lines.append(f"===== {shown or 'no tests ran'} in {sum(result.seconds for result in results):.2f}s =====")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the named phases and return the exit code of the whole."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    names, extra = arguments[:split], arguments[split + 1 :]
+    unknown = [name for name in names if name not in PHASES]
+    if unknown or not names:
+        print(f"phases given: {unknown or 'none'}; allowed: {', '.join(PHASES)}", file=sys.stderr)
+        return 2
+    results = []
+    for name in names:
+        results.append(run_phase(name, extra))
+        if results[-1].exit_code == 2:  # interrupted by the user
+            break
+    print(summary(results), flush=True)
+    if not any(sum(result.counts.values()) for result in results):
+        print("no tests ran: that is a failure", file=sys.stderr)
+        return 1
+    return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
