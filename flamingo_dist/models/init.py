@@ -76,3 +76,36 @@ def draw(
         return full
     stacked = full.chunk(param_tag.stride, dim=dim)
     return torch.cat([matrix.chunk(tp_size, dim=dim)[tp_rank] for matrix in stacked], dim=dim)
+
+
+def initialize_(module: nn.Module, seed: int, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Fill every parameter of `module` in place, from its tag, its name within `module` and `seed` alone.
+
+    Args:
+        module: the network; its parameters must be whole on this rank but for the tensor-parallel cut (under
+            ZeRO-3, gather first or use `draw`).
+        seed: the run's seed.
+        tp_rank: this rank in the tensor-parallel group.
+        tp_size: size of the tensor-parallel group.
+
+    Raises:
+        ValueError: a parameter has no tag, or holds no elements because ZeRO-3 has partitioned it.
+    """
+    named = list(module.named_parameters())
+    untagged = [name for name, param in named if not hasattr(param, "flamingo_tag")]
+    if untagged:
+        raise ValueError(
+            f"{len(untagged)} parameters have no initialisation tag: {', '.join(untagged)}. Pass each through "
+            "flamingo_dist.models.init.tag where it is made."
+        )
+    empty = [name for name, param in named if param.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} parameters hold no elements: {', '.join(empty)}. Gather them "
+            "(deepspeed.zero.GatheredParameters) before filling."
+        )
+    with torch.no_grad():
+        for name, param in named:
+            param.copy_(
+                draw(name, param.flamingo_tag, param.shape, seed=seed, tp_rank=tp_rank, tp_size=tp_size)
+            )

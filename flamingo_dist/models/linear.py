@@ -1,0 +1,229 @@
+"""Tensor-parallel linear layers: megatron-core's, tagged for initialisation, that also run in a single process.
+
+megatron-core's layers need a process group even at size 1 (their all-reduce asserts one). The subclasses here
+take `torch.nn.functional.linear` when the tensor-parallel group has one rank or `torch.distributed` is not
+initialised, so that the same network runs in a notebook, on the meta device and under tensor parallelism.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flamingo_dist.models.init import tag
+
+
+def tp_size() -> int:
+    """Return the size of the tensor-parallel group, 1 if Megatron's groups are not initialised."""
+    if not torch.distributed.is_initialized() or not parallel_state.is_initialized():
+        return 1
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def tp_share(total: int, what: str) -> int:
+    """Return this rank's even share of `total` units over the tensor-parallel group.
+
+    Args:
+        total: number of units, e.g. attention heads.
+        what: their name, for the error.
+
+    Raises:
+        ValueError: the group's size does not divide `total`.
+    """
+    size = tp_size()
+    if total % size:
+        raise ValueError(
+            f"{what} = {total} cannot be split over tensor-parallel size {size}; choose a size that divides it."
+        )
+    return total // size
+
+
+def parallel_config(dtype: torch.dtype) -> ModelParallelConfig:
+    """Return megatron-core's configuration for layers of `dtype` that are built empty on the current device.
+
+    `use_cpu_initialization` means "where torch's default device says" in megatron-core, so it also serves the
+    meta device and, under `with torch.device("cuda")`, a GPU.
+    """
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tp_size(),
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        sequence_parallel=False,
+    )
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """megatron-core's `ColumnParallelLinear` that needs no process group at tensor-parallel size 1.
+
+    Same constructor and the same `(output, bias or None)` result, so it also fits a megatron-core layer spec.
+    """
+
+    # megatron-core's None entries would put a "..._extra_state" key beside every weight of a checkpoint.
+    get_extra_state = nn.Module.get_extra_state
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Map [..., in] to [..., out / tp size], or [..., out] where built with `gather_output`."""
+        if self.output_size_per_partition != self.output_size or args or kwargs:
+            return super().forward(input_, *args, **kwargs)
+        bias = None if self.skip_bias_add else self.bias
+        return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+
+
+class RowLinear(RowParallelLinear):
+    """megatron-core's `RowParallelLinear` that needs no process group at tensor-parallel size 1.
+
+    Same constructor and the same `(output, bias or None)` result, so it also fits a megatron-core layer spec.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map [..., in / tp size] to [..., out], summed over the tensor-parallel group."""
+        if self.input_size_per_partition != self.input_size:
+            return super().forward(input_)
+        bias = None if self.skip_bias_add else self.bias
+        return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+
+
+def column_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    std: float = 0.02,
+    bias: bool = False,
+    gather_output: bool = False,
+    sum_input_grad: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> ColumnLinear:
+    """Build a linear layer whose output is split over the tensor-parallel group.
+
+    Args:
+        in_features: width of the input, whole on every rank.
+        out_features: width of the output over all ranks.
+        std: standard deviation of the weight's initial values.
+        bias: add a bias, split as the output is and initially zero.
+        gather_output: return the whole output on every rank.
+        sum_input_grad: sum the input's gradient over the group. False where the caller has passed the input
+            through `sum_grad_over_tp`, which pays for one sum when several layers share an input.
+        dtype: dtype of the parameters.
+
+    Returns:
+        a layer that returns `(output, None)`.
+
+    Raises:
+        ValueError: the tensor-parallel size does not divide `out_features`.
+    """
+    tp_share(out_features, "out_features")
+    layer = ColumnLinear(
+        in_features,
+        out_features,
+        config=parallel_config(dtype),
+        init_method=_no_init,
+        bias=bias,
+        gather_output=gather_output,
+        disable_grad_reduce=not sum_input_grad,
+    )
+    tag(layer.weight, std=std, partition_dim=0)
+    if bias:
+        tag(layer.bias, partition_dim=0)
+    return layer
+
+
+def row_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    std: float = 0.02,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> RowLinear:
+    """Build a linear layer whose input is split over the tensor-parallel group and whose output is whole.
+
+    Args:
+        in_features: width of the input over all ranks.
+        out_features: width of the output, whole on every rank.
+        std: standard deviation of the weight's initial values.
+        bias: add a bias, whole on every rank and initially zero.
+        dtype: dtype of the parameters.
+
+    Returns:
+        a layer that returns `(output, None)`.
+
+    Raises:
+        ValueError: the tensor-parallel size does not divide `in_features`.
+    """
+    tp_share(in_features, "in_features")
+    layer = RowLinear(
+        in_features,
+        out_features,
+        config=parallel_config(dtype),
+        init_method=_no_init,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+    tag(layer.weight, std=std, partition_dim=1)
+    if bias:
+        tag(layer.bias)
+    return layer
+
+
+def replicated_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    std: float = 0.02,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Linear:
+    """Build a linear layer that every tensor-parallel rank holds and computes whole: [..., in] to [..., out]."""
+    # Empty on purpose, as the parallel layers are: filling is the run's, by name and seed.
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype)
+    tag(layer.weight, std=std)
+    if bias:
+        tag(layer.bias)
+    return layer
+
+
+def fan_in_std(fan_in: int) -> float:
+    """Return 1 / sqrt(3 * fan_in), the standard deviation of `nn.Linear`'s own initial weights."""
+    return float((3.0 * fan_in) ** -0.5)
+
+
+def sum_grad_over_tp(x: Tensor) -> Tensor:
+    """Return `x` (any shape); its gradient is summed over the tensor-parallel group.
+
+    For what every rank holds whole but uses for its own share of the heads alone: each rank's gradient is then
+    only a part. megatron-core's function of this kind is not used because it drops the sum of a gradient that is
+    not contiguous and writes into one that may be shared.
+    """
+    if tp_size() == 1:
+        return x
+    return _SumGradOverTP.apply(x)  # type: ignore[no-any-return]
+
+
+class _SumGradOverTP(torch.autograd.Function):
+    """Identity forward, all-reduce over the tensor-parallel group backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return a view of `x`."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Return the sum of the ranks' gradients."""
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+        return grad
+
+
+def _no_init(weight: Tensor) -> None:
+    """Stand in for megatron-core's initialisation, which is off."""
+    raise AssertionError("perform_initialization is off: parameters are filled by flamingo_dist.models.init")

@@ -1,0 +1,62 @@
+"""Normalisation layers of the new modules (arXiv v1 of the paper: LayerNorm on every attention and FFW input)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flamingo_dist.models.init import tag
+from flamingo_dist.models.linear import sum_grad_over_tp
+
+NormKind = Literal["layer", "rms"]
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, with tagged parameters.
+
+    The result has the parameters' dtype: a branch that starts with a norm thereby runs in the dtype of its own
+    parameters, whatever that of the frozen network around it.
+    """
+
+    def __init__(
+        self, width: int, *, kind: NormKind, eps: float, per_head: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        if kind not in ("layer", "rms"):
+            raise ValueError(f"norm={kind!r} is not known; choose 'layer' or 'rms'.")
+        self.width = width
+        self.kind = kind
+        self.eps = eps
+        self.per_head = per_head
+        """Shared by all heads: under tensor parallelism a rank sees its own heads' part of the gradient alone."""
+        self.weight = tag(nn.Parameter(torch.empty(width, dtype=dtype)), value=1.0)
+        bias = tag(nn.Parameter(torch.empty(width, dtype=dtype))) if kind == "layer" else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width], any floating dtype, to [..., width] in the parameters' dtype."""
+        x = x.to(self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        if self.per_head:
+            weight = sum_grad_over_tp(weight)
+            bias = None if bias is None else sum_grad_over_tp(bias)
+        if self.kind == "rms":
+            return F.rms_norm(x, (self.width,), weight, self.eps)
+        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows."""
+        return f"{self.width}, kind={self.kind}, eps={self.eps}, per_head={self.per_head}"
+
+
+def build_norm(width: int, *, kind: NormKind, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Norm:
+    """Build a norm over the whole width of a stream."""
+    return Norm(width, kind=kind, eps=eps, per_head=False, dtype=dtype)
+
+
+def build_head_norm(
+    head_dim: int, *, kind: NormKind, eps: float = 1e-5, dtype: torch.dtype = torch.float32
+) -> Norm:
+    """Build a norm over each head's width, one set of parameters for all heads (IDEFICS' query and key norms)."""
+    return Norm(head_dim, kind=kind, eps=eps, per_head=True, dtype=dtype)

@@ -1,0 +1,61 @@
+"""Chooses the implementation of each attention function."""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from kernels.gated_xattn import reference as gated_xattn_reference
+from kernels.perceiver_attn import reference as perceiver_attn_reference
+
+Implementation = Literal["auto", "reference"]
+"""`reference` is plain PyTorch on any device; `auto` is the fastest that the device has, today the same."""
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise `ValueError` unless `implementation` names one."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation={implementation!r} is not known; choose one of {', '.join(get_args(Implementation))}."
+        )
+
+
+def gated_xattn(
+    q_BTHK: Tensor,
+    k_BMRHK: Tensor,
+    v_BMRHK: Tensor,
+    media_index_BT: Tensor,
+    gate: Tensor | None,
+    *,
+    attend_all: bool = False,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Image-causal cross-attention times a gate: `kernels.gated_xattn.reference.gated_xattn` has the contract.
+
+    Returns:
+        [B, T, H, K] in the queries' dtype.
+    """
+    check_implementation(implementation)
+    return gated_xattn_reference.gated_xattn(
+        q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate, attend_all=attend_all
+    )
+
+
+def perceiver_attn(
+    q_NRHK: Tensor,
+    k_feat_NJHK: Tensor,
+    v_feat_NJHK: Tensor,
+    k_lat_NRHK: Tensor,
+    v_lat_NRHK: Tensor,
+    feature_mask_NJ: Tensor | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Attention over features and latents: `kernels.perceiver_attn.reference.perceiver_attn` has the contract.
+
+    Returns:
+        [N, R, H, K] in the queries' dtype.
+    """
+    check_implementation(implementation)
+    return perceiver_attn_reference.perceiver_attn(
+        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ
+    )

@@ -1,0 +1,1 @@
+"""Image-causal gated cross-attention."""

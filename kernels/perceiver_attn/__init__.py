@@ -1,0 +1,1 @@
+"""Attention of the Perceiver Resampler."""
