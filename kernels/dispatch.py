@@ -14,9 +14,8 @@ Implementation = Literal["auto", "reference"]
 def check_implementation(implementation: str) -> None:
     """Raise `ValueError` unless `implementation` names one."""
     if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation={implementation!r} is not known; choose one of {', '.join(get_args(Implementation))}."
-        )
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation={implementation!r} is not known; choose one of {known}.")
 
 
 def gated_xattn(
@@ -29,7 +28,7 @@ def gated_xattn(
     attend_all: bool = False,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Image-causal cross-attention times a gate: `kernels.gated_xattn.reference.gated_xattn` has the contract.
+    """Image-causal cross-attention times a gate; `kernels.gated_xattn.reference` has the contract.
 
     Returns:
         [B, T, H, K] in the queries' dtype.
@@ -50,7 +49,7 @@ def perceiver_attn(
     *,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Attention over features and latents: `kernels.perceiver_attn.reference.perceiver_attn` has the contract.
+    """Attention over features and latents; `kernels.perceiver_attn.reference` has the contract.
 
     Returns:
         [N, R, H, K] in the queries' dtype.

@@ -36,7 +36,7 @@ class GatedBlockConfig:
     activation: Activation = "sqrelu"
     """FFW activation: squared ReLU in the paper, GELU in OpenFlamingo, SwiGLU in IDEFICS."""
     norm: NormKind = "layer"
-    """Normalisation of the attention's and the FFW's input. The latents come normalised from the resampler."""
+    """Norm of the attention's and the FFW's input; the resampler has normalised the latents."""
     norm_eps: float = 1e-5
     """Epsilon of all norms."""
     gate: Literal["scalar", "vector"] = "scalar"
@@ -48,7 +48,7 @@ class GatedBlockConfig:
     attend_all: bool = False
     """Let text see all media before it instead of the last one alone; worse in the paper's ablation."""
     init_std: float | None = None
-    """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s, which follows the width."""
+    """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s own."""
     implementation: Implementation = "auto"
     """Attention implementation, see `kernels.dispatch`."""
 
@@ -75,14 +75,14 @@ class GatedBlockConfig:
 
 @dataclass(kw_only=True)
 class MediaKV:
-    """Keys and values of one block's media, kept while generating: the latents do not change from token to token.
+    """Keys and values of one block's media, kept while generating: latents do not change from token to token.
 
     Starts empty; the first forward that gets it fills it and later ones read it instead of the latents.
     """
 
-    k_BMRHK: Tensor | None = None
+    k_BMRHK: Tensor | None = None  # noqa: N815
     """[B, M, R, H, K] keys of this rank's heads, after the key norm."""
-    v_BMRHK: Tensor | None = None
+    v_BMRHK: Tensor | None = None  # noqa: N815
     """[B, M, R, H, K] values of this rank's heads."""
 
 
@@ -219,13 +219,14 @@ class GatedCrossAttentionBlock(nn.Module):
         if not scalar:
             update_TBD = update_TBD * gate_attn
         x_TBD = x_TBD + update_TBD.to(x_TBD.dtype)
-        return x_TBD + (self.ffw(self.norm_ffw(x_TBD)) * gate_ffw).to(x_TBD.dtype)
+        update_TBD = self.ffw(self.norm_ffw(x_TBD)) * gate_ffw
+        return x_TBD + update_TBD.to(x_TBD.dtype)
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """Return tanh of the attention gate and of the FFW gate, for logging.
 
-        As the last forward used them, so that nothing has to be gathered under ZeRO-3; before any forward, from
-        the parameters.
+        As the last forward used them, so that nothing has to be gathered under ZeRO-3; before any
+        forward, from the parameters.
 
         Returns:
             two detached fp32 tensors, 0-dim for scalar gates, [D] for vector gates.

@@ -95,8 +95,8 @@ def initialize_(module: nn.Module, seed: int, tp_rank: int = 0, tp_size: int = 1
     untagged = [name for name, param in named if not hasattr(param, "flamingo_tag")]
     if untagged:
         raise ValueError(
-            f"{len(untagged)} parameters have no initialisation tag: {', '.join(untagged)}. Pass each through "
-            "flamingo_dist.models.init.tag where it is made."
+            f"{len(untagged)} parameters have no initialisation tag: {', '.join(untagged)}. Pass each "
+            "through flamingo_dist.models.init.tag where it is made."
         )
     empty = [name for name, param in named if param.numel() == 0]
     if empty:
@@ -106,6 +106,5 @@ def initialize_(module: nn.Module, seed: int, tp_rank: int = 0, tp_size: int = 1
         )
     with torch.no_grad():
         for name, param in named:
-            param.copy_(
-                draw(name, param.flamingo_tag, param.shape, seed=seed, tp_rank=tp_rank, tp_size=tp_size)
-            )
+            param_tag: ParamTag = param.flamingo_tag  # type: ignore[attr-defined]
+            param.copy_(draw(name, param_tag, param.shape, seed=seed, tp_rank=tp_rank, tp_size=tp_size))

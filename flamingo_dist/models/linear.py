@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers: megatron-core's, tagged for initialisation, that also run in a single process.
+"""Tensor-parallel linear layers: megatron-core's, tagged for initialisation; they also run in one process.
 
 megatron-core's layers need a process group even at size 1 (their all-reduce asserts one). The subclasses here
 take `torch.nn.functional.linear` when the tensor-parallel group has one rank or `torch.distributed` is not
@@ -37,7 +37,8 @@ def tp_share(total: int, what: str) -> int:
     size = tp_size()
     if total % size:
         raise ValueError(
-            f"{what} = {total} cannot be split over tensor-parallel size {size}; choose a size that divides it."
+            f"{what} = {total} cannot be split over tensor-parallel size {size}; "
+            "choose a size that divides it."
         )
     return total // size
 
@@ -182,7 +183,7 @@ def replicated_linear(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Linear:
-    """Build a linear layer that every tensor-parallel rank holds and computes whole: [..., in] to [..., out]."""
+    """Build a layer [..., in] to [..., out] that every tensor-parallel rank holds and computes whole."""
     # Empty on purpose, as the parallel layers are: filling is the run's, by name and seed.
     layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype)
     tag(layer.weight, std=std)
@@ -199,13 +200,14 @@ def fan_in_std(fan_in: int) -> float:
 def sum_grad_over_tp(x: Tensor) -> Tensor:
     """Return `x` (any shape); its gradient is summed over the tensor-parallel group.
 
-    For what every rank holds whole but uses for its own share of the heads alone: each rank's gradient is then
-    only a part. megatron-core's function of this kind is not used because it drops the sum of a gradient that is
-    not contiguous and writes into one that may be shared.
+    For what every rank holds whole but uses for its own share of the heads alone: each rank's gradient is
+    then only a part. megatron-core's function of this kind is not used because it drops the sum of a
+    gradient that is not contiguous and writes into one that may be shared.
     """
     if tp_size() == 1:
         return x
-    return _SumGradOverTP.apply(x)  # type: ignore[no-any-return]
+    summed: Tensor = _SumGradOverTP.apply(x)
+    return summed
 
 
 class _SumGradOverTP(torch.autograd.Function):

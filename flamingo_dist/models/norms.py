@@ -1,4 +1,4 @@
-"""Normalisation layers of the new modules (arXiv v1 of the paper: LayerNorm on every attention and FFW input)."""
+"""Norms of the new modules (arXiv v1 of the paper: LayerNorm on every attention and FFW input)."""
 
 from typing import Literal
 
@@ -15,8 +15,8 @@ NormKind = Literal["layer", "rms"]
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last axis, with tagged parameters.
 
-    The result has the parameters' dtype: a branch that starts with a norm thereby runs in the dtype of its own
-    parameters, whatever that of the frozen network around it.
+    The result has the parameters' dtype: a branch that starts with a norm thereby runs in the dtype of its
+    own parameters, whatever that of the frozen network around it.
     """
 
     def __init__(
@@ -29,15 +29,17 @@ class Norm(nn.Module):
         self.kind = kind
         self.eps = eps
         self.per_head = per_head
-        """Shared by all heads: under tensor parallelism a rank sees its own heads' part of the gradient alone."""
+        """Shared by all heads: under tensor parallelism a rank has its own heads' part of the gradient."""
         self.weight = tag(nn.Parameter(torch.empty(width, dtype=dtype)), value=1.0)
         bias = tag(nn.Parameter(torch.empty(width, dtype=dtype))) if kind == "layer" else None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., width], any floating dtype, to [..., width] in the parameters' dtype."""
         x = x.to(self.weight.dtype)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.per_head:
             weight = sum_grad_over_tp(weight)
             bias = None if bias is None else sum_grad_over_tp(bias)
@@ -58,5 +60,5 @@ def build_norm(width: int, *, kind: NormKind, eps: float = 1e-5, dtype: torch.dt
 def build_head_norm(
     head_dim: int, *, kind: NormKind, eps: float = 1e-5, dtype: torch.dtype = torch.float32
 ) -> Norm:
-    """Build a norm over each head's width, one set of parameters for all heads (IDEFICS' query and key norms)."""
+    """Build a norm over each head's width, one set of parameters for all heads (IDEFICS' qk norms)."""
     return Norm(head_dim, kind=kind, eps=eps, per_head=True, dtype=dtype)

@@ -24,7 +24,7 @@ class ResamplerConfig:
     """Shape and variants of the Perceiver Resampler. The defaults are the paper's (Table 4)."""
 
     feature_width: int
-    """C: channels of the vision encoder's features. Where it differs from `width`, a linear map leads to it."""
+    """C: channels of the vision encoder's features; mapped linearly to `width` where they differ."""
     width: int = 1536
     """E: width of the latents, and of the keys and values that the gated blocks read."""
     depth: int = 6
@@ -48,7 +48,7 @@ class ResamplerConfig:
     qk_norm: bool = False
     """Normalise each head's queries and keys, as IDEFICS does."""
     init_std: float | None = None
-    """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s, which follows the width."""
+    """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s own."""
     latents_std: float = 1.0
     """Standard deviation of the initial latents; 1 in the public implementations (the paper gives none)."""
     frames_std: float = 0.02
@@ -62,11 +62,25 @@ class ResamplerConfig:
         Raises:
             ValueError: a size below 1, or an unknown choice.
         """
-        for name in ("feature_width", "width", "depth", "latents", "heads", "head_dim", "ffw_mult", "frames"):
+        for name in (
+            "feature_width",
+            "width",
+            "depth",
+            "latents",
+            "heads",
+            "head_dim",
+            "ffw_mult",
+            "frames",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"ResamplerConfig.{name}={getattr(self, name)} must be at least 1.")
         check_activation(self.activation)
         check_implementation(self.implementation)
+
+    @property
+    def ffw_width(self) -> int:
+        """Hidden width of the FFW."""
+        return self.ffw_mult * self.width
 
     def std(self, fan_in: int) -> float:
         """Return the standard deviation of a weight with `fan_in` inputs."""
@@ -134,7 +148,7 @@ class PerceiverLayer(nn.Module):
         self.norm_ffw = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         self.ffw = FeedForward(
             config.width,
-            config.ffw_mult * config.width,
+            config.ffw_width,
             activation=config.activation,
             init_std=config.init_std,
             dtype=dtype,
@@ -206,8 +220,8 @@ class PerceiverResampler(nn.Module):
             )
         if shape[1] > 1 and self.config.frames == 1:
             raise ValueError(
-                f"features hold {shape[1]} frames, but the resampler has one temporal embedding, so the order of "
-                "the frames would be lost. Set ResamplerConfig.frames to the number of frames of training."
+                f"features hold {shape[1]} frames, but the resampler has one temporal embedding, so their "
+                "order would be lost. Set ResamplerConfig.frames to the number of frames of training."
             )
         if frame_mask_NF is not None and tuple(frame_mask_NF.shape) != shape[:2]:
             raise ValueError(f"frame_mask_NF is {tuple(frame_mask_NF.shape)}; expected [N, F] = {shape[:2]}.")
@@ -216,8 +230,8 @@ class PerceiverResampler(nn.Module):
 def interpolate_frames(embeddings_FE: Tensor, frames: int) -> Tensor:
     """Return temporal embeddings for `frames` frames.
 
-    Up to the trained number the first ones are taken as they are, so that an image is frame 0 and a short clip
-    the beginning of a clip. More frames (the paper evaluates at 30 after training at 8) get a linear
+    Up to the trained number the first ones are taken as they are, so that an image is frame 0 and a short
+    clip the beginning of a clip. More frames (the paper evaluates at 30 after training at 8) get a linear
     interpolation whose first and last frame have the first and last embedding.
 
     Args:

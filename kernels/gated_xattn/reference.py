@@ -64,8 +64,8 @@ def check_media_index(media_index_BT: Tensor, media: int) -> None:
     low, high = (int(bound) for bound in media_index_BT.aminmax())
     if low < 0 or high > media:
         raise ValueError(
-            f"media_index_BT holds values from {low} to {high}, but this batch has {media} media slots, so 0 (sees "
-            f"nothing) to {media} are allowed. Point surplus <image> tags at 0 when building the batch."
+            f"media_index_BT holds values from {low} to {high}, but this batch has {media} media slots, so 0 "
+            f"(sees nothing) to {media} are allowed. Point surplus <image> tags at 0 when building the batch."
         )
 
 
@@ -101,7 +101,7 @@ def naive(
 
 
 def _values_are_known(tensor: Tensor) -> bool:
-    """Whether reading `tensor`'s values is possible and free: a plain CPU tensor, not traced, fake or meta."""
+    """Whether reading `tensor`'s values is possible and free: a plain CPU tensor, not traced or fake."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -112,8 +112,8 @@ def _check_shapes(
     b, t, h, k = q_BTHK.shape
     if k_BMRHK.dim() != 5 or k_BMRHK.shape != v_BMRHK.shape or k_BMRHK.shape[::3] != (b, h):
         raise ValueError(
-            f"keys {tuple(k_BMRHK.shape)} and values {tuple(v_BMRHK.shape)} must both be [B, M, R, H, K] with the "
-            f"B, H, K of the queries [B, T, H, K] = {tuple(q_BTHK.shape)}."
+            f"keys {tuple(k_BMRHK.shape)} and values {tuple(v_BMRHK.shape)} must both be [B, M, R, H, K] "
+            f"with the B, H, K of the queries [B, T, H, K] = {tuple(q_BTHK.shape)}."
         )
     if k_BMRHK.shape[4] != k:
         raise ValueError(
@@ -121,11 +121,11 @@ def _check_shapes(
         )
     if media_index_BT.shape != (b, t):
         raise ValueError(
-            f"media_index_BT is {tuple(media_index_BT.shape)}; it must be [B, T] = {(b, t)}, one index a text row."
+            f"media_index_BT is {tuple(media_index_BT.shape)}; it must be [B, T] = {(b, t)}, one index a row."
         )
     if gate is not None and gate.dim() != 0:
         raise ValueError(
-            f"gate is {tuple(gate.shape)}; pass a 0-dim tensor, or None and multiply by a vector gate yourself."
+            f"gate is {tuple(gate.shape)}; pass a 0-dim tensor, or None and apply a vector gate yourself."
         )
 
 
@@ -138,7 +138,7 @@ def _longest_group(media_index_BT: Tensor, media: int) -> int:
 
 
 def _group(media_index_BT: Tensor, media: int) -> Tensor:
-    """Return int64 [B, T]: b * M + m for a row of sample b that sees medium m; B * M for one that sees none."""
+    """Return int64 [B, T]: b * M + m for a row of sample b that sees medium m, B * M for no medium."""
     batch = media_index_BT.shape[0]
     offset_B1 = torch.arange(batch, device=media_index_BT.device).unsqueeze(1) * media
     return (media_index_BT + offset_B1 - 1).masked_fill(media_index_BT == 0, batch * media)
@@ -147,7 +147,7 @@ def _group(media_index_BT: Tensor, media: int) -> Tensor:
 def _grouped(
     q_BTHK: Tensor, k_BMRHK: Tensor, v_BMRHK: Tensor, media_index_BT: Tensor, longest: int
 ) -> Tensor:
-    """Attention of each medium with its own rows, gathered to the front and padded to `longest`: [B, T, H, K]."""
+    """Attention of each medium with its own rows, gathered and padded to `longest`: [B, T, H, K]."""
     batch, rows, heads, width = q_BTHK.shape
     media = k_BMRHK.shape[1]
     out_AHK = q_BTHK.new_zeros(batch * rows, heads, width)

@@ -21,8 +21,8 @@ def perceiver_attn(
         v_feat_NJHK: [N, J, H, K] values of the features, dtype of the queries.
         k_lat_NRHK: [N, R, H, K] keys of the latents, dtype of the queries.
         v_lat_NRHK: [N, R, H, K] values of the latents, dtype of the queries.
-        feature_mask_NJ: bool [N, J], False where a feature is padding; None if all are real. Latents are always
-            seen, so no row is ever empty.
+        feature_mask_NJ: bool [N, J], False where a feature is padding; None if all are real. Latents are
+            always seen, so no row is ever empty.
 
     Returns:
         [N, R, H, K] in the queries' dtype.
@@ -92,5 +92,6 @@ def _check_shapes(
         feature_mask_NJ.shape != (n, j) or feature_mask_NJ.dtype != torch.bool
     ):
         raise ValueError(
-            f"feature_mask_NJ is {feature_mask_NJ.dtype} {tuple(feature_mask_NJ.shape)}; it must be bool [N, J] = {(n, j)}."
+            f"feature_mask_NJ is {feature_mask_NJ.dtype} {tuple(feature_mask_NJ.shape)}; "
+            f"it must be bool [N, J] = {(n, j)}."
         )
