@@ -17,7 +17,7 @@ from flamingo_dist.models.megatron import (
     rotary_frequencies,
     transformer_config,
 )
-from flamingo_dist.models.norms import make_norm
+from flamingo_dist.models.norms import build_norm
 from flamingo_dist.models.vocabulary import Vocabulary
 
 
@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(
             build_module(layer_spec(), config=megatron, layer_number=i + 1) for i in range(config.num_layers)
         )
-        self.final_norm = make_norm(config.norm, config.width, eps=config.norm_eps, dtype=dtype)
+        self.final_norm = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         for name, param in self.named_parameters():
             _tag_frozen(name, param, stride=2 if config.activation == "silu_gated" else 1)
             if ".extra" not in name:

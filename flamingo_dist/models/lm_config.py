@@ -24,7 +24,7 @@ class LMConfig:
     """Hidden width of the feed-forward part."""
     activation: Literal["silu_gated", "gelu"] = "silu_gated"
     """Feed-forward activation: gated SiLU (LLaMA) or GeLU (Chinchilla)."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rms", "layer"] = "rms"
     """Normalisation before attention, before the feed-forward part and before the head."""
     norm_eps: float = 1e-5
     """Epsilon of the normalisation."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from flamingo_dist.models.gated_block import MediaKV
+from flamingo_dist.models.linear import ColumnLinear, RowLinear
 from flamingo_dist.models.lm_config import LMConfig
 
 
@@ -31,6 +33,8 @@ class KeyValueCache:
     def __init__(self) -> None:
         self.entries: dict[int, tuple[Tensor, Tensor]] = {}
         self.length = 0
+        self.media: dict[int, MediaKV] = {}
+        """Keys and values of the media, by LM block; they do not change from token to token."""
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new tokens' keys and values and return all of them.
@@ -53,6 +57,9 @@ class KeyValueCache:
     def reorder(self, rows_B: Tensor) -> None:
         """Keep the batch rows `rows_B` ([B] int64, repeats allowed), as beam search needs."""
         self.entries = {i: (k[rows_B], v[rows_B]) for i, (k, v) in self.entries.items()}
+        for media in self.media.values():
+            if media.k_BMRHK is not None and media.v_BMRHK is not None:
+                media.k_BMRHK, media.v_BMRHK = media.k_BMRHK[rows_B], media.v_BMRHK[rows_B]
 
 
 class CausalAttention(nn.Module):
@@ -100,7 +107,7 @@ def transformer_config(config: LMConfig, *, dtype: torch.dtype, tp_size: int) ->
         num_query_groups=config.num_kv_heads,
         kv_channels=config.head_dim,
         ffn_hidden_size=config.ffn_width,
-        normalization="RMSNorm" if config.norm == "rmsnorm" else "LayerNorm",
+        normalization="RMSNorm" if config.norm == "rms" else "LayerNorm",
         layernorm_epsilon=config.norm_eps,
         gated_linear_unit=gated,
         activation_func=F.silu if gated else F.gelu,
@@ -132,9 +139,9 @@ def layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ColumnLinear,
                     core_attention=CausalAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -143,7 +150,7 @@ def layer_spec() -> ModuleSpec:
             pre_mlp_layernorm=WrappedTorchNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

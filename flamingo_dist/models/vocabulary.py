@@ -88,6 +88,21 @@ class Vocabulary(nn.Module):
         self.extra = ExtraRows(config.width, megatron.params_dtype)
         self.extra_head = ExtraRows(config.width, megatron.params_dtype)
 
+    def forward(self, x: Tensor, *, as_head: bool = False, targets_N: Tensor | None = None) -> Tensor:
+        """Embed ids, or give the logits or the losses of hidden states.
+
+        Args:
+            x: ids int64 [B, T]; with `as_head`, hidden states [B, T, D]; with `targets_N`, [N, D].
+            as_head: whether to return logits.
+            targets_N: ids below `vocab_size + 2`, int64 [N]; returns their losses.
+
+        Returns:
+            [B, T, D], logits [B, T, V + 2], or fp32 losses [N] in nats.
+        """
+        if targets_N is not None:
+            return self.nll(x, targets_N)
+        return self.logits(x) if as_head else self.embed(x)
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Embed `tokens_BT` (int64 [B, T], below `vocab_size + 2`) into [B, T, D]."""
         first_extra = self.config.vocab_size

@@ -1,0 +1,251 @@
+"""Flamingo: a frozen LM that sees images through gated cross-attention (arXiv 2204.14198, section 2).
+
+Dimension letters: B batch, T text tokens, M media, F frames, S features of a frame, C feature channels,
+R latents, E resampler width, D LM width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
+from flamingo_dist.models.lm import LanguageModel
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.megatron import KeyValueCache
+from flamingo_dist.models.resampler import PerceiverResampler, ResamplerConfig
+from flamingo_dist.models.vision import VisionConfig, build_vision
+from flamingo_dist.models.vocabulary import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoConfig:
+    """A whole network: frozen LM, frozen vision encoder, trainable parts between them."""
+
+    lm: LMConfig
+    """The frozen language model."""
+    vision: VisionConfig
+    """The frozen vision encoder."""
+    resampler: ResamplerConfig
+    """The Perceiver Resampler; its feature width must be the encoder's."""
+    gated: GatedBlockConfig
+    """The GATED XATTN-DENSE blocks; their widths must be the LM's and the resampler's."""
+    cross_every: int = 1
+    """A gated block stands before every n-th LM block (paper: 1, 4, 7)."""
+    cross_phase: Literal["first", "last"] = "first"
+    """Which block of every n: the first (paper, IDEFICS: i mod n = 0) or the last (OpenFlamingo)."""
+    vision_batch: int = 64
+    """Frames encoded at once."""
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        pairs = [
+            ("resampler.feature_width", self.resampler.feature_width, "vision.width", self.vision.width),
+            ("gated.width", self.gated.width, "lm.width", self.lm.width),
+            ("gated.media_width", self.gated.media_width, "resampler.width", self.resampler.width),
+        ]
+        for left, a, right, b in pairs:
+            if a != b:
+                raise ValueError(f"{left}={a} must equal {right}={b}.")
+        if not 1 <= self.cross_every <= self.lm.num_layers:
+            raise ValueError(
+                f"cross_every={self.cross_every} must lie between 1 and lm.num_layers={self.lm.num_layers}."
+            )
+
+    def gated_positions(self) -> list[int]:
+        """Return the LM blocks that a gated block stands before."""
+        remainder = 0 if self.cross_phase == "first" else self.cross_every - 1
+        return [i for i in range(self.lm.num_layers) if i % self.cross_every == remainder]
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """Return every size that tensor parallelism cuts, by the name of its setting."""
+        return {
+            "lm.num_heads": self.lm.num_heads,
+            "lm.num_kv_heads": self.lm.num_kv_heads,
+            "lm.ffn_width": self.lm.ffn_width,
+            "resampler.heads": self.resampler.heads,
+            "resampler.ffw_mult * width": self.resampler.ffw_mult * self.resampler.width,
+            "gated.heads": self.gated.heads,
+            "gated.ffw_hidden": self.gated.ffw_hidden,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlamingoOutput:
+    """What a forward returns."""
+
+    logits_BTV: Tensor | None
+    """[B, T, vocab_size + 2], where no targets were given."""
+    nll_BT: Tensor | None
+    """fp32 [B, T] nats, zero at ignored targets, where targets were given."""
+    latents_BMRE: Tensor
+    """[B, M, R, E], to be passed back instead of the media."""
+
+
+class Flamingo(nn.Module):
+    """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
+
+    def __init__(
+        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
+    ) -> None:
+        """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
+
+        Args:
+            config: the network.
+            dtype: parameters' dtype.
+            activation_checkpointing: recompute every LM block, with its gated block, in the backward pass.
+        """
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.vision = build_vision(config.vision)
+        self.vision.requires_grad_(False)
+        self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
+        self.lm = LanguageModel(config.lm, dtype)
+        self.gated = nn.ModuleDict(
+            {str(i): GatedCrossAttentionBlock(config.gated, dtype=dtype) for i in config.gated_positions()}
+        )
+        self._gates_off = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the trainable parts compute in."""
+        return next(self.resampler.parameters()).dtype
+
+    def new_cache(self) -> KeyValueCache:
+        """Return an empty key/value cache for generation."""
+        return KeyValueCache()
+
+    @contextmanager
+    def gates_off(self) -> Iterator[None]:
+        """Run the bare LM inside: the gated blocks are left out, as if every gate were 0."""
+        self._gates_off = True
+        try:
+            yield
+        finally:
+            self._gates_off = False
+
+    def gate_values(self) -> dict[str, list[Tensor]]:
+        """Return tanh of the gates by kind ("attn", "ffw"), as the last forward used them.
+
+        Returns:
+            For each kind one detached fp32 tensor per gated block, 0-dim (scalar gates) or [D].
+        """
+        gates = [block.gates() for block in self.gated.values()]
+        return {"attn": [g[0] for g in gates], "ffw": [g[1] for g in gates]}
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        media_index_BT: Tensor,
+        media: Tensor | None = None,
+        media_mask_BM: Tensor | None = None,
+        *,
+        latents_BMRE: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> FlamingoOutput:
+        """Run the network.
+
+        Args:
+            tokens_BT: ids below vocab_size + 2, int64 [B, T], right-padded.
+            media_index_BT: the one medium (1 ... M) that each token sees, 0 for none, integer [B, T].
+            media: pixels uint8 [B, M, F, 3, H, W] or encoder features [B, M, F, S, C].
+            media_mask_BM: which media are real, bool [B, M].
+            latents_BMRE: the resampler's output of an earlier call, instead of `media`.
+            targets_BT: the token that follows each position, int64 [B, T]; -100 where no loss is wanted.
+            cache: keys and values of earlier tokens; `tokens_BT` then holds the new tokens alone.
+
+        Returns:
+            Losses where targets are given, else logits; and the latents.
+
+        Raises:
+            ValueError: neither or both of media and latents are given, or media without its mask.
+        """
+        if (media is None) == (latents_BMRE is None):
+            raise ValueError("give either media or latents_BMRE, not both and not neither.")
+        if latents_BMRE is None:
+            if media is None or media_mask_BM is None:
+                raise ValueError("media needs media_mask_BM, which says which of its slots are real.")
+            latents_BMRE = self._encode_media(media, media_mask_BM)
+        offset = 0 if cache is None else cache.length
+        rotary = self.lm.rotary(tokens_BT.shape[1], offset=offset, device=tokens_BT.device)
+        x_TBD = self.lm.vocabulary(tokens_BT).transpose(0, 1).contiguous()
+        with self.lm.caching(cache):
+            for i, layer in enumerate(self.lm.layers):
+                gated = self.gated[str(i)] if str(i) in self.gated and not self._gates_off else None
+                media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    # The modules are arguments: a closure over the loop's variable would recompute the last block.
+                    x_TBD = checkpoint(
+                        _run_block,
+                        gated,
+                        layer,
+                        x_TBD,
+                        latents_BMRE,
+                        media_index_BT,
+                        rotary,
+                        media_kv,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
+                else:
+                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, rotary, media_kv)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
+        if targets_BT is None:
+            logits = self.lm.vocabulary(x_BTD, as_head=True)
+            return FlamingoOutput(logits_BTV=logits, nll_BT=None, latents_BMRE=latents_BMRE)
+        return FlamingoOutput(
+            logits_BTV=None, nll_BT=self._nll(x_BTD, targets_BT), latents_BMRE=latents_BMRE
+        )
+
+    def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""
+        wanted = targets_BT != IGNORE
+        nll_N = self.lm.vocabulary(x_BTD[wanted], targets_N=targets_BT[wanted])
+        return torch.zeros(targets_BT.shape, device=nll_N.device).masked_scatter(wanted, nll_N)
+
+    def _encode_media(self, media: Tensor, media_mask_BM: Tensor) -> Tensor:
+        """Return latents [B, M, R, E]; empty slots are left out of the work and stay zero.
+
+        A batch without any medium still sends one empty slot through the resampler, so that every rank runs
+        the same modules whatever its batch holds.
+        """
+        slots_N = media_mask_BM.flatten().nonzero()[:, 0]
+        if slots_N.numel() == 0:
+            slots_N = slots_N.new_zeros(1)
+        chosen = media.flatten(0, 1)[slots_N]
+        features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
+        latents_NRE = self.resampler(features_NFSC.to(self.dtype))
+        batch, num_media = media_mask_BM.shape
+        full = latents_NRE.new_zeros(batch * num_media, *latents_NRE.shape[1:])
+        return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))
+
+    @torch.no_grad()
+    def _encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
+        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time."""
+        frames = pixels_NF3HW.flatten(0, 1)
+        parts = [self.vision(part) for part in frames.split(self.config.vision_batch)]
+        return torch.cat(parts).unflatten(0, pixels_NF3HW.shape[:2])
+
+
+def _run_block(
+    gated: GatedCrossAttentionBlock | None,
+    layer: nn.Module,
+    x_TBD: Tensor,
+    latents_BMRE: Tensor,
+    media_index_BT: Tensor,
+    rotary: Tensor,
+    media_kv: MediaKV | None,
+) -> Tensor:
+    """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
+    if gated is not None:
+        x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
+    x_TBD, _ = layer(x_TBD, attention_mask=None, rotary_pos_emb=rotary)
+    return x_TBD

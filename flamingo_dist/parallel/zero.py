@@ -1,0 +1,145 @@
+"""DeepSpeed in one place: its configuration, building under ZeRO, filling and residency of weights."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from flamingo_dist.parallel.topology import MegatronMPU, ParallelConfig, Topology
+
+# DeepSpeed picks its accelerator at import; without a GPU it would probe for others first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.comm.torch as deepspeed_torch_comm
+
+
+def init_deepspeed() -> None:
+    """Let DeepSpeed use the torch.distributed group that exists.
+
+    Its shared-memory collective for CPUs is left out: it is compiled at first use with a C++ compiler that a
+    machine may lack, and assumes that all ranks share one host.
+    """
+    deepspeed_torch_comm.build_shm_op = lambda: None
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
+
+
+def deepspeed_config(
+    parallel: ParallelConfig, topology: Topology, *, dtype: torch.dtype, clip_norm: float
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run.
+
+    The accumulation over data sets is ours (one backward each, boundary set by hand), so DeepSpeed sees one
+    accumulation step and a batch of one.
+    """
+    plain = is_plain(parallel, dtype)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": topology.data,
+        "gradient_clipping": 0.0 if plain else clip_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": dtype == torch.bfloat16},
+        # Sums over data sets and ranks stay exact to fp32 whatever the activations are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def is_plain(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
+    """Return whether DeepSpeed would run torch's optimizer bare, without a norm check of its own."""
+    return parallel.zero_stage == 0 and dtype == torch.float32
+
+
+@contextmanager
+def building(parallel: ParallelConfig, config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Build a model inside: under `zero.Init` where frozen weights are to be partitioned from the start.
+
+    `zero.Init` gets the data-parallel group by name: with the `mpu` alone, DeepSpeed 0.19 broadcasts over the
+    whole world and overwrites every tensor-parallel shard with rank 0's.
+    """
+    if parallel.frozen == "resident":
+        with nullcontext():
+            yield
+        return
+    with deepspeed.zero.Init(
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        mpu=MegatronMPU(),
+        config_dict_or_path=config,
+        dtype=dtype,
+    ):
+        yield
+
+
+def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Fill every parameter, whole or partitioned, module by module.
+
+    Args:
+        model: the model, built empty.
+        value_of: gives a parameter's values on this tensor-parallel rank from its full name and itself (whole
+            at the time of the call). It must not depend on the data-parallel rank: under ZeRO-3 the first
+            rank's values are broadcast.
+    """
+    for prefix, module in model.named_modules():
+        named = {f"{prefix}.{n}" if prefix else n: p for n, p in module.named_parameters(recurse=False)}
+        partitioned = [p for p in named.values() if hasattr(p, "ds_id")]
+        is_source = not partitioned or parallel_state.get_data_parallel_rank() == 0
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+            if is_source:
+                for name, param in named.items():
+                    with torch.no_grad():
+                        param.copy_(value_of(name, param))
+
+
+def make_frozen_resident(model: nn.Module) -> None:
+    """Turn every frozen parameter of `model` into a non-persistent buffer.
+
+    ZeRO-3 partitions all parameters it sees and releases even "persistent" ones at every optimizer step, to
+    gather them again; a buffer it never touches. So a resident frozen weight moves no byte, holds no gradient
+    by construction, and stays out of checkpoints.
+    """
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if not param.requires_grad:
+                value = param.detach()
+                for mark in ("flamingo_tag", "tensor_model_parallel", "partition_dim", "partition_stride"):
+                    if hasattr(param, mark):
+                        setattr(value, mark, getattr(param, mark))
+                del module._parameters[name]
+                module.register_buffer(name, value, persistent=False)
+
+
+def make_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """Hand `model` and `optimizer` to DeepSpeed with Megatron's groups."""
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, mpu=MegatronMPU(), dist_init_required=False
+    )
+    return engine
+
+
+@contextmanager
+def gathered(params: list[nn.Parameter]) -> Iterator[None]:
+    """Make `params` whole for reading inside, on every rank together."""
+    partitioned = [p for p in params if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield

@@ -1,0 +1,45 @@
+"""One data set's batch on one rank, as tensors."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flamingo_dist.models.vocabulary import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Tensors of one data set's batch on one data-parallel rank; equal on all its tensor-parallel peers."""
+
+    tokens_BT: Tensor
+    """int64 [B, T], right-padded."""
+    loss_mask_BT: Tensor
+    """bool [B, T]: which tokens carry loss when they are predicted; False at position 0."""
+    media_index_BT: Tensor
+    """int32 [B, T]: the one medium that a token sees, 0 for none."""
+    media: Tensor
+    """uint8 [B, M, F, 3, H, W] pixels or [B, M, F, S, C] encoder features."""
+    media_mask_BM: Tensor
+    """bool [B, M]: which media are real."""
+
+    def targets_BT(self) -> Tensor:
+        """Return int64 [B, T]: the next token where it carries loss, -100 elsewhere."""
+        targets = self.tokens_BT.roll(-1, dims=1)
+        wanted = self.loss_mask_BT.roll(-1, dims=1)
+        wanted[:, -1] = False
+        return targets.masked_fill(~wanted, IGNORE)
+
+    def num_loss_tokens(self) -> int:
+        """Return how many tokens carry loss."""
+        return int(self.loss_mask_BT.sum())
+
+    def num_tokens(self) -> int:
+        """Return how many text tokens there are up to the last of each row that carries loss."""
+        positions = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
+        return int((positions * self.loss_mask_BT).amax(dim=1).sum())
+
+    def to(self, device: torch.device) -> "TrainBatch":
+        """Return the batch on `device`."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **moved)

@@ -1,0 +1,108 @@
+"""From a configuration to a filled network inside a DeepSpeed engine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.init import ParamTag, draw
+from flamingo_dist.models.weights import check_names, lm_shard, open_weights
+from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
+from flamingo_dist.parallel.zero import (
+    building,
+    deepspeed_config,
+    fill_parameters,
+    init_deepspeed,
+    make_engine,
+    make_frozen_resident,
+)
+from flamingo_dist.training.config import TrainConfig
+from flamingo_dist.training.optimizer import make_optimizer
+
+
+def parameter_values(
+    config: FlamingoConfig, topology: Topology, seed: int
+) -> Callable[[str, nn.Parameter], Tensor]:
+    """Return the function that gives every parameter's first values on this tensor-parallel rank.
+
+    The frozen LM's come from its published weights, the rest from the seed and the parameter's name.
+    """
+    source = None if config.lm.weights is None else open_weights(config.lm.weights)
+    if source is not None:
+        check_names(source, config.lm)
+    place = {"tp_rank": topology.tensor_rank, "tp_size": topology.tensor}
+
+    def value_of(name: str, param: nn.Parameter) -> Tensor:
+        if source is not None and name.startswith("lm.") and ".extra" not in name:
+            return lm_shard(source, name.removeprefix("lm."), param.shape, config.lm, **place)
+        if source is not None and ".extra" in name:
+            return _extra_rows(source, config, param, name, seed)
+        param_tag: ParamTag | None = getattr(param, "flamingo_tag", None)
+        if param_tag is None:
+            raise RuntimeError(f"parameter {name} has no tag; make it through flamingo_dist.models.init.tag.")
+        return draw(name, param_tag, param.shape, seed=seed, **place)
+
+    return value_of
+
+
+def _extra_rows(source: Any, config: FlamingoConfig, param: nn.Parameter, name: str, seed: int) -> Tensor:
+    """Start the rows of `<image>` and `<EOC>` near the mean of the published ones, apart by a little noise."""
+    stored = "lm_head.weight" if "head" in name and not config.lm.tied else "model.embed_tokens.weight"
+    rows = source.read(stored).float()
+    spread = float(rows.std(dim=0).mean())
+    noise = draw(name, ParamTag(std=0.1 * spread), param.shape, seed=seed, tp_rank=0, tp_size=1)
+    return rows.mean(dim=0) + noise
+
+
+def build_model(
+    config: FlamingoConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    ds_config: dict[str, Any] | None = None,
+) -> Flamingo:
+    """Build and fill the network for this rank.
+
+    Args:
+        config: the network.
+        parallel: how it is spread.
+        topology: this rank's place; Megatron's groups must be initialised for it.
+        dtype: parameters' dtype.
+        seed: seed of the initialisation.
+        ds_config: DeepSpeed's configuration, needed where frozen weights are partitioned.
+
+    Raises:
+        ValueError: tensor parallelism does not divide the network, or weights do not fit it.
+    """
+    topology.check_divisible(config.tensor_sizes())
+    if config.lm.weights is None:
+        topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
+    with building(parallel, ds_config or {}, dtype):
+        model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
+    fill_parameters(model, parameter_values(config, topology, seed))
+    if parallel.frozen == "resident":
+        make_frozen_resident(model)
+        model.to(world_device())
+    return model
+
+
+def build_engine(
+    config: FlamingoConfig, train: TrainConfig, parallel: ParallelConfig, topology: Topology
+) -> Any:
+    """Build the network, its optimizer and the DeepSpeed engine around them.
+
+    The order is fixed: freeze, tensor parallelism, activation checkpointing, weights, residency, optimizer, ZeRO.
+    """
+    init_deepspeed()
+    ds_config = deepspeed_config(
+        parallel, topology, dtype=train.torch_dtype, clip_norm=train.optimizer.clip_norm
+    )
+    model = build_model(
+        config, parallel, topology, dtype=train.torch_dtype, seed=train.seed, ds_config=ds_config
+    )
+    optimizer = make_optimizer(model.named_parameters(), train.optimizer)
+    return make_engine(model, optimizer, ds_config)

@@ -1,0 +1,77 @@
+"""Settings of a training run; defaults are the paper's where it gives them (section 7 of the appendix)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate, reached after the warm-up and then constant (paper: decay did not help)."""
+    warmup_steps: int = 5000
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.1
+    """Weight decay, on everything but the resampler and the gates."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas (not disclosed in the paper; IDEFICS' values)."""
+    eps: float = 1e-8
+    """AdamW's epsilon (not disclosed in the paper)."""
+    clip_norm: float = 1.0
+    """One clip of the global gradient norm over all data sets together; 0 turns it off."""
+    gate_lr_scale: float = 1.0
+    """Multiplies the learning rate of the gates (1 in the paper; 20 opens them faster in short runs)."""
+
+    def __post_init__(self) -> None:
+        """Reject values that train nothing."""
+        if self.lr <= 0 or self.warmup_steps < 0:
+            raise ValueError(f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative.")
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of step number `step`, counted from 0."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run trains."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Parameters' and activations' dtype; the optimizer keeps fp32 copies either way."""
+    seed: int = 0
+    """Seed of the initialisation and of the data order."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    mixing: Literal["accumulate", "round_robin"] = "accumulate"
+    """One update from all data sets' gradients (paper's choice), or from one data set in turn."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Loss of a data set's global batch: mean over its loss tokens, or their sum (the paper's equation 2)."""
+    max_bad_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient after which the run stops; each is skipped."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 saves at the end alone."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    probe_every: int = 0
+    """Steps between grounding probes; 0 probes at the end alone."""
+    probe_batches: int = 2
+    """Held-out batches per data set and probe."""
+
+    def __post_init__(self) -> None:
+        """Reject values that mean nothing."""
+        if self.steps < 1:
+            raise ValueError(f"train.steps={self.steps} must be at least 1.")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"train.keep_checkpoints={self.keep_checkpoints} must be at least 1.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return DTYPES[self.dtype]
