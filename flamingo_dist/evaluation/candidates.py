@@ -1,7 +1,7 @@
-"""Close-ended evaluation: known answers ranked by log-likelihood given the image (paper, section "Evaluation").
+"""Close-ended evaluation: known answers ranked by log-likelihood given the image.
 
-Every candidate is appended to the prompt and scored; the image's latents are computed once and reused for all
-of them.
+Paper, section "Evaluation". Every candidate is appended to the prompt and scored; the image's latents are
+computed once and reused for all of them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flamingo_dist.inference.calls import Forward, ReduceSum, alone, evaluating, next_token_targets
 from flamingo_dist.inference.prompt import Prompt
+from flamingo_dist.models.vocabulary import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,23 +174,18 @@ def _score_chunk(
     media_mask_NM: Tensor,
 ) -> Tensor:
     """Log-likelihood float64 [N] on the CPU of each answer after its prompt."""
-    device = latents_NMRE.device
     texts, indices, masks = [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
+        sees = [*prompt.media_index, *[prompt.media_index[-1]] * len(answer)]
         texts.append(torch.tensor([*prompt.tokens, *answer]))
-        indices.append(
-            torch.tensor([*prompt.media_index, *[prompt.media_index[-1]] * len(answer)], dtype=torch.int32)
-        )
-        mask_T = torch.zeros(len(texts[-1]), dtype=torch.bool)
-        # The position before a token predicts it.
-        mask_T[len(prompt.tokens) - 1 : -1] = True
-        masks.append(mask_T)
-    tokens_NT = pad_sequence(texts, batch_first=True).to(device)
-    index_NT = pad_sequence(indices, batch_first=True).to(device)
-    mask_NT = pad_sequence(masks, batch_first=True).to(device)
-    targets_NT = next_token_targets(tokens_NT)
+        indices.append(torch.tensor(sees, dtype=torch.int32))
+        masks.append(torch.tensor([False] * len(prompt.tokens) + [True] * len(answer)))
+    tokens_NT, index_NT, mask_NT = (
+        pad_sequence(rows, batch_first=True).to(latents_NMRE.device) for rows in (texts, indices, masks)
+    )
+    targets_NT = next_token_targets(tokens_NT, mask_NT)
     output = model(tokens_NT, index_NT, None, media_mask_NM, latents_BMRE=latents_NMRE, targets_BT=targets_NT)
-    return -torch.where(mask_NT, output.nll_BT.double(), 0.0).sum(1).cpu()
+    return -torch.where(targets_NT != IGNORE, output.nll_BT.double(), 0.0).sum(1).cpu()
 
 
 def _check(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flamingo_dist.inference.calls import Forward, ReduceSum, alone, evaluating, next_token_targets
+from flamingo_dist.models.vocabulary import IGNORE
 
 
 class ProbeBatch(Protocol):
@@ -161,14 +162,13 @@ def _probe_batch(
     donor_B, slot_BM, found_B = other_media(batch.media_mask_BM)
     # A sample that no other can lend media to (the rest of its batch was emptied) counts in none of the four
     # sums.
-    weight_BT = torch.zeros_like(batch.tokens_BT, dtype=torch.float64)
-    weight_BT[:, :-1] = (batch.loss_mask_BT[:, 1:] & found_B[:, None]).double()
     head = (batch.tokens_BT, batch.media_index_BT)
-    targets_BT = next_token_targets(batch.tokens_BT)
+    targets_BT = next_token_targets(batch.tokens_BT, batch.loss_mask_BT & found_B[:, None])
+    counted_BT = targets_BT != IGNORE
 
     def total(nll_BT: Tensor) -> Tensor:
         # torch.where: a masked position may hold anything, NaN included.
-        return torch.where(weight_BT > 0, nll_BT.double(), 0.0).sum()
+        return torch.where(counted_BT, nll_BT.double(), 0.0).sum()
 
     true = model(*head, batch.media, batch.media_mask_BM, targets_BT=targets_BT)
     # Media are resampled one by one, so exchanging latents is exchanging media, without a second run of the
@@ -178,4 +178,6 @@ def _probe_batch(
     blank = model(*head, torch.zeros_like(batch.media), batch.media_mask_BM, targets_BT=targets_BT)
     with gates_off():
         bare = model(*head, None, batch.media_mask_BM, latents_BMRE=true.latents_BMRE, targets_BT=targets_BT)
-    return torch.stack([*(total(output.nll_BT) for output in (true, shuffled, blank, bare)), weight_BT.sum()])
+    return torch.stack(
+        [*(total(output.nll_BT) for output in (true, shuffled, blank, bare)), counted_BT.double().sum()]
+    )

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flamingo_dist.models.vocabulary import IGNORE
+
 T = TypeVar("T")
 
 Forward: TypeAlias = Callable[..., Any]
@@ -50,15 +52,19 @@ def evaluating(model: Forward) -> Iterator[None]:
             module.training = training
 
 
-def next_token_targets(tokens_BT: Tensor) -> Tensor:
-    """Shift tokens by one: what each position predicts.
+def next_token_targets(tokens_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    """Make the targets of a forward: at each position the next token, where that token carries loss.
+
+    The mask belongs to the predicted token, as in a batch, so it shifts together with the tokens. The model
+    leaves positions without loss out of its widest product, the head.
 
     Args:
         tokens_BT: int64 [B, T].
+        loss_mask_BT: bool [B, T], True where the token is to be predicted; position 0 cannot be.
 
     Returns:
-        int64 [B, T]; the last position, which predicts nothing, holds 0 (a valid id that carries no loss).
+        int64 [B, T]: token l + 1 at position l, or `IGNORE`.
     """
-    targets_BT = torch.zeros_like(tokens_BT)
-    targets_BT[:, :-1] = tokens_BT[:, 1:]
+    targets_BT = torch.full_like(tokens_BT, IGNORE)
+    targets_BT[:, :-1] = torch.where(loss_mask_BT[:, 1:], tokens_BT[:, 1:], IGNORE)
     return targets_BT

@@ -2,8 +2,8 @@
 
 Under data parallelism with ZeRO-3 every rank must call the model equally often, in the same way: each call
 gathers the parameters of the modules that it runs. Generation is therefore a sequence of turns, each one call
-with media (which runs the resampler) followed by calls with latents, and both loops end when all ranks say so.
-A rank that ran out of prompts repeats its last ones and drops the result.
+with media (which runs the resampler) followed by calls with latents, and both loops end when all ranks say
+so. A rank that ran out of prompts repeats its last ones and drops the result.
 """
 
 from collections.abc import Sequence
