@@ -5,15 +5,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from flamingo_dist.models.init import tag
+from flamingo_dist.models.linear import sum_grad_over_tp, tp_size
 from flamingo_dist.models.lm_config import LMConfig
 
 NUM_EXTRA_TOKENS = 2
@@ -69,7 +66,7 @@ class FrozenVocabulary(VocabParallelEmbedding):
             [..., D], or with `as_head` this rank's logits of shape [..., V / TP].
         """
         if as_head:
-            return F.linear(copy_to_tensor_model_parallel_region(x), self.weight)
+            return F.linear(sum_grad_over_tp(x), self.weight)
         return super().forward(x)
 
 
@@ -122,9 +119,16 @@ class Vocabulary(nn.Module):
         return local, self.extra_head(x, as_head=True)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """Return the logits [B, T, V + 2] of the hidden states `x_BTD`, gathered over the TP group."""
+        """Return the logits [B, T, V + 2] of the hidden states `x_BTD`, gathered over the TP group, no gradient.
+
+        megatron-core's own gather allocates on a CUDA device, whatever the input's.
+        """
         local, extra = self._local_logits(x_BTD)
-        full = gather_from_tensor_model_parallel_region(local)
+        full, extra = local.detach().contiguous(), extra.detach()
+        if tp_size() > 1:
+            parts = [torch.empty_like(full) for _ in range(tp_size())]
+            dist.all_gather(parts, full, group=parallel_state.get_tensor_model_parallel_group())
+            full = torch.cat(parts, dim=-1)
         return torch.cat([full[..., : self.config.vocab_size], extra], dim=-1)
 
     def nll(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -166,9 +170,10 @@ def parallel_nll(
         fp32 [N], nats.
     """
     peak_N = torch.maximum(local_NV.detach().amax(-1), extra_NE.detach().amax(-1))
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+    if tp_size() > 1:
         group = parallel_state.get_tensor_model_parallel_group()
         dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=group)
+    # megatron-core's reduction returns its input unreduced if that is not contiguous; sums and picks are.
     local_sum_N = (local_NV - peak_N[:, None]).exp().sum(-1)
     total_N = reduce_from_tensor_model_parallel_region(local_sum_N)
     total_N = total_N + (extra_NE - peak_N[:, None]).exp().sum(-1)
