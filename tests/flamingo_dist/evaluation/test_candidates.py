@@ -1,12 +1,12 @@
 import pytest
 import torch
-from fake_flamingo import FakeFlamingo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flamingo_dist.evaluation.candidates import CandidateConfig, rank_candidates, score_candidates
 from flamingo_dist.inference.prompt import Prompt
+from tests.flamingo_dist.inference.fake_flamingo import FakeFlamingo
 
 EOC, IMAGE = 0, 11
 CANDIDATES = [[1, EOC], [2, 3, EOC], [4, 5, 6, EOC], [1, 7, EOC], [EOC], [8, EOC], [9, 1, 2, EOC]]
@@ -23,6 +23,7 @@ def queries() -> tuple[list[Prompt], Tensor, Tensor]:
     return prompts, media * mask[:, :, None, None, None], mask
 
 
+@torch.no_grad()
 def naive(model: FakeFlamingo, prompt: Prompt, media: Tensor, mask: Tensor, candidate: list[int]) -> float:
     """One candidate after one prompt, token by token."""
     text, index, score = list(prompt.tokens), list(prompt.media_index), 0.0

@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from fake_flamingo import FakeFlamingo, Output
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flamingo_dist.evaluation.probe import other_media, probe
+from tests.flamingo_dist.inference.fake_flamingo import FakeFlamingo, Output
 
 IMAGE = 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBatch:
-    tokens_BT: Tensor
-    loss_mask_BT: Tensor
-    media_index_BT: Tensor
+    tokens_BT: Tensor  # noqa: N815
+    loss_mask_BT: Tensor  # noqa: N815
+    media_index_BT: Tensor  # noqa: N815
     media: Tensor
-    media_mask_BM: Tensor
+    media_mask_BM: Tensor  # noqa: N815
 
 
 def make_batch(counts: list[int], *, seed: int = 0, slots: int = 3, length: int = 9) -> SampleBatch:
@@ -74,7 +74,7 @@ def test_no_sample_gets_its_own_media(mask: list[list[bool]]) -> None:
         assert bool(found[sample]) == bool(lenders)
         if lenders:
             assert int(donor[sample]) in lenders
-            # Every real medium is exchanged for a real one, the k-th for the k-th while the lender has as many.
+            # The k-th real medium becomes the k-th of the lender, whose media repeat where it has fewer.
             taken = [int(slot[sample, place]) for place in range(len(row)) if row[place]]
             offered = [place for place, real in enumerate(mask[int(donor[sample])]) if real]
             assert taken == [offered[rank % len(offered)] for rank in range(len(taken))]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_flamingo import FakeFlamingo
 from torch import Tensor, nn
 
 from flamingo_dist.inference.calls import evaluating
 from flamingo_dist.inference.generate import GenerationConfig, generate
+from tests.flamingo_dist.inference.fake_flamingo import FakeFlamingo
 
 STOP, IMAGE = 0, 11
 
@@ -102,7 +102,7 @@ def test_media_matter() -> None:
 
 
 def test_ranks_with_unequal_work_make_the_same_calls() -> None:
-    """Two ranks as threads; the reduction is a barrier, so an uneven number of calls would hang (and time out)."""
+    """Two ranks as threads; the reduction is a barrier, so an uneven number of calls would time out."""
     barrier, flags = threading.Barrier(2, timeout=20), [False, False]
 
     def all_done(rank: int) -> Callable[[bool], bool]:

@@ -96,7 +96,7 @@ def test_beam_finds_what_greedy_misses() -> None:
     first = torch.tensor([-math.inf, math.log(0.4), math.log(0.6), -math.inf])
     after = {1: torch.tensor([math.log(0.97)] + [math.log(0.01)] * 3), 2: torch.full((4,), math.log(0.25))}
     search = BeamSearch(1, beams=2, max_new_tokens=3, stop_ids=(STOP,), length_penalty=0.0)
-    rows, tokens = search.advance(first[None])
+    _, tokens = search.advance(first[None])
     assert sorted(tokens.tolist()) == [1, 2]
     search.advance(torch.stack([after[token] for token in tokens.tolist()]))
     assert search.done
