@@ -19,8 +19,8 @@ def _refuse_namesake() -> None:
         return
     raise ImportError(
         f"The distribution 'kernels' {version} (Hugging Face) is installed in this environment and has "
-        "the same top-level name as the 'kernels' package of flamingo-dist. Only one of them can be imported: "
-        "run 'pip uninstall kernels', then reinstall flamingo-dist, or use an environment of its own."
+        "the same top-level name as the 'kernels' package of flamingo-dist. Only one of them can be "
+        "imported: run 'pip uninstall kernels' and reinstall flamingo-dist, or use a separate environment."
     )
 
 

@@ -25,7 +25,7 @@ def gated_xattn(
     """Each text row attends to the latents of its own medium alone; the result is multiplied by `gate`.
 
     Scores are scaled by 1/sqrt(K). A row with media index 0 comes out as exactly zero and gives no gradient.
-    No value of a medium that no row sees reaches the output, not even a NaN.
+    Media that no row sees (padding slots) must hold finite values, and then have no influence.
 
     Args:
         q_BTHK: [B, T, H, K] queries of the text rows, floating.
@@ -48,9 +48,13 @@ def gated_xattn(
     if values_known:
         check_media_index(media_index_BT, media)
     if media == 0:
-        return torch.zeros_like(q_BTHK)
-    longest = _longest_group(media_index_BT, media) if values_known and media > 1 and not attend_all else None
-    if longest is not None and longest <= GROUPED_ROWS_LIMIT * q_BTHK.shape[1]:
+        # Zeros that stay in the graph: whatever a batch holds, the same backward collectives must run.
+        out_BTHK = torch.where(
+            torch.zeros_like(q_BTHK, dtype=torch.bool), q_BTHK, k_BMRHK.sum() + v_BMRHK.sum()
+        )
+        return out_BTHK if gate is None else out_BTHK * gate
+    longest = _longest_group(media_index_BT, media) if values_known and media > 1 and not attend_all else 0
+    if 0 < longest <= GROUPED_ROWS_LIMIT * q_BTHK.shape[1]:
         out_BTHK = _grouped(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, longest)
     else:
         out_BTHK = _dense(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, attend_all=attend_all)
@@ -151,8 +155,6 @@ def _grouped(
     batch, rows, heads, width = q_BTHK.shape
     media = k_BMRHK.shape[1]
     out_AHK = q_BTHK.new_zeros(batch * rows, heads, width)
-    if longest == 0:
-        return out_AHK.view_as(q_BTHK)
     sorted_group_A, row_A = _group(media_index_BT, media).flatten().sort(stable=True)
     counts = torch.bincount(sorted_group_A, minlength=batch * media + 1)
     seeing = int(counts[:-1].sum())
