@@ -42,8 +42,8 @@ class CorporaConfig:
         if not 0.0 < self.heldout_fraction <= self.heldout_clip_fraction < 1.0:
             raise ValueError(
                 f"heldout_fraction is {self.heldout_fraction} and heldout_clip_fraction "
-                f"{self.heldout_clip_fraction}; give 0 < heldout_fraction <= heldout_clip_fraction < 1, so that "
-                "a concept held out of the pairs is held out of the clips too"
+                f"{self.heldout_clip_fraction}; give 0 < heldout_fraction <= heldout_clip_fraction < 1, so "
+                "that a concept held out of the pairs is held out of the clips too"
             )
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; give 1 or more")
@@ -92,7 +92,7 @@ def build_corpora(
 ) -> Corpora:
     """Write every data set that `parts` allow; a second run finds them and returns at once.
 
-    The folder's name depends on the parts, the configuration and `BUILDER_VERSION`, so shards are never stale.
+    The folder's name depends on the parts, the configuration and `BUILDER_VERSION`: shards are never stale.
 
     Args:
         parts: from `jobs.demo.fetch.fetch_parts`.

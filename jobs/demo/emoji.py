@@ -125,8 +125,8 @@ def add_clips(
 ) -> None:
     """Share out the animated emoji over training and held-out clips.
 
-    A skin-tone variant carries the plain name: for training it is a second take of the same movement, and held
-    out it would only repeat the plain clip.
+    A skin-tone variant carries the plain name: for training it is a second take of the same movement, and
+    held out it would only repeat the plain clip.
 
     Args:
         concepts: all concepts.

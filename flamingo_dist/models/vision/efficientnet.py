@@ -1,0 +1,124 @@
+"""EfficientNet-Lite0 as a frozen encoder, BatchNorm folded into the convolutions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_dist.models.vision.base import FrozenConv, VisionConfig, VisionEncoder
+
+BN_EPSILON = 1e-3
+
+STAGES = (
+    *((1, 1, False), (2, 2, True), (2, 2, True), (3, 2, True)),
+    *((3, 1, True), (4, 2, True), (1, 1, True)),
+)
+"""Each stage's number of blocks, stride of its first block, and whether its blocks expand their channels.
+Kernel sizes and widths are read off the weights."""
+
+CPU_CHUNK = 4
+"""Images at a time on a CPU: more do not fit its caches (70 images a second and core instead of 50)."""
+
+
+class EfficientNetLite0(VisionEncoder):
+    """The convolutional part of EfficientNet-Lite0: 1280 channels at 1/32 of the resolution.
+
+    Input is scaled as in training: (pixel - 127) / 128.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        """Load the weights.
+
+        Raises:
+            FileNotFoundError: there is no file at `config.weights`.
+            ValueError: the file holds other weights.
+        """
+        super().__init__(config)
+        convs = FoldedConvs(_load(config.weights), config.torch_dtype)
+        self.stem = convs.make("_conv_stem", "_bn0", stride=2)
+        blocks: list[nn.Module] = []
+        for repeats, stride, expand in STAGES:
+            for repeat in range(repeats):
+                first = repeat == 0
+                prefix = f"_blocks.{len(blocks)}"
+                first_stride = stride if first else 1
+                block = _Block(convs, prefix, stride=first_stride, expand=expand, residual=not first)
+                blocks.append(block)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = convs.make("_conv_head", "_bn1")
+
+    def encode(self, pixels_N3HW: Tensor) -> Tensor:
+        """Return features [N, 1280, h, w] of uint8 pixels [N, 3, H, W]."""
+        if pixels_N3HW.device.type != "cpu" or len(pixels_N3HW) <= CPU_CHUNK:
+            return self._encode(pixels_N3HW)
+        return torch.cat([self._encode(chunk) for chunk in torch.split(pixels_N3HW, CPU_CHUNK)])
+
+    def _encode(self, pixels_N3HW: Tensor) -> Tensor:
+        x = (pixels_N3HW.to(self.dtype) - 127.0) / 128.0
+        x = nn.functional.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)), inplace=True)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.relu6(self.head(x), inplace=True)
+
+
+class _Block(nn.Module):
+    """Inverted bottleneck: expand, convolve each channel, project back; no squeeze-and-excite in Lite."""
+
+    def __init__(
+        self, convs: "FoldedConvs", prefix: str, *, stride: int, expand: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.expand = convs.make(f"{prefix}._expand_conv", f"{prefix}._bn0") if expand else None
+        self.depthwise = convs.make(
+            f"{prefix}._depthwise_conv", f"{prefix}._bn1", stride=stride, depthwise=True
+        )
+        self.project = convs.make(f"{prefix}._project_conv", f"{prefix}._bn2")
+        self.residual = residual
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map [N, in, h, w] to [N, out, h / stride, w / stride]."""
+        y = x_NCHW
+        if self.expand is not None:
+            y = nn.functional.relu6(self.expand(y), inplace=True)
+        out: Tensor = self.project(nn.functional.relu6(self.depthwise(y), inplace=True))
+        return x_NCHW + out if self.residual else out
+
+
+class FoldedConvs:
+    """Makes convolutions out of a state dict's convolutions and the BatchNorms that follow them."""
+
+    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Hold the tensors by name, fp32, and what the convolutions compute in."""
+        self._state, self._dtype = state, dtype
+
+    def make(self, conv: str, norm: str, *, stride: int = 1, depthwise: bool = False) -> FrozenConv:
+        """Return `conv` followed by `norm` as one convolution.
+
+        Args:
+            conv: name of the convolution in the state dict, without ".weight".
+            norm: name of the BatchNorm.
+            stride: 1 or 2.
+            depthwise: one filter for each channel.
+        """
+        state = self._state
+        scale = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + BN_EPSILON)
+        weight = state[f"{conv}.weight"] * scale[:, None, None, None]
+        bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        groups = weight.shape[0] if depthwise else 1
+        return FrozenConv(weight, bias, self._dtype, stride=stride, groups=groups)
+
+
+def _load(path: str) -> dict[str, Tensor]:
+    """Read the state dict, as fp32."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no EfficientNet-Lite0 weights at {path!r}: `jobs.demo.fetch.fetch_parts` fetches them "
+            "(Parts.vision_encoder is the path)"
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    blocks = sum(repeats for repeats, *_ in STAGES)
+    expected = {f"_blocks.{blocks - 1}._project_conv.weight", "_conv_stem.weight", "_conv_head.weight"}
+    if missing := expected - set(state):
+        raise ValueError(f"{path} is no state dict of EfficientNet-Lite0: it lacks {sorted(missing)}")
+    return {name: tensor.float() for name, tensor in state.items()}
