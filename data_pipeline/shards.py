@@ -60,8 +60,13 @@ def side_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.json"
 
 
-def encode_side(samples: list[SampleRecord]) -> bytes:
-    """Pack the offsets of one shard into compact JSON; extensions are written once and numbered."""
+def encode_side(samples: list[SampleRecord], size: int) -> bytes:
+    """Pack the offsets of one shard into compact JSON; extensions are written once and numbered.
+
+    Args:
+        samples: the samples of the shard in their order.
+        size: bytes of the whole shard, by which a reader sees that the tar was cut or changed since.
+    """
     numbers: dict[str, int] = {}
     rows: list[list[Any]] = []
     for sample in samples:
@@ -69,12 +74,12 @@ def encode_side(samples: list[SampleRecord]) -> bytes:
         for extension, member in sample.members.items():
             row += [numbers.setdefault(extension, len(numbers)), member.offset, member.size]
         rows.append(row)
-    document = {"version": INDEX_VERSION, "extensions": list(numbers), "samples": rows}
+    document = {"version": INDEX_VERSION, "bytes": size, "extensions": list(numbers), "samples": rows}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def decode_side(blob: bytes) -> list[SampleRecord]:
-    """Unpack what `encode_side` wrote.
+def decode_side(blob: bytes) -> tuple[list[SampleRecord], int]:
+    """Unpack what `encode_side` wrote: the samples and the size of the shard in bytes.
 
     Raises:
         ValueError: when the version is not one that this code reads.
@@ -92,7 +97,7 @@ def decode_side(blob: bytes) -> list[SampleRecord]:
         samples.append(
             SampleRecord(key, {extensions[e]: Member(offset, size) for e, offset, size in triples})
         )
-    return samples
+    return samples, int(document["bytes"])
 
 
 def encode_index(shards: list[dict[str, Any]]) -> bytes:
@@ -130,8 +135,8 @@ def npy_bytes(features_FSC: np.ndarray) -> bytes:
 class ShardWriter:
     """Packs samples into numbered tar shards under one folder of any fsspec file system.
 
-    The bytes depend on the samples and their order alone: times, users and modes in tar headers are fixed. Use
-    it as a context manager; if the block fails, no `index.json` is written, so the folder never looks
+    The bytes depend on the samples and their order alone: times, users and modes in tar headers are fixed.
+    Use it as a context manager; if the block fails, no `index.json` is written, so the folder never looks
     complete.
 
     Example:
@@ -274,7 +279,7 @@ class ShardWriter:
         self._put(b"\0" * (2 * TAR_BLOCK))
         self._file.close()
         name = self._pattern % len(self._shards)
-        self._fs.pipe_file(f"{self._folder}/{side_name(name)}", encode_side(self._samples))
+        self._fs.pipe_file(f"{self._folder}/{side_name(name)}", encode_side(self._samples, self._offset))
         self._shards.append(
             {
                 "name": name,

@@ -27,7 +27,7 @@ def test_offsets_point_at_the_bytes(tmp_path: Path) -> None:
         blob = (tmp_path / shard["name"]).read_bytes()
         assert hashlib.sha256(blob).hexdigest() == shard["sha256"]
         assert len(blob) == shard["bytes"]
-        for sample in decode_side((tmp_path / side_name(shard["name"])).read_bytes()):
+        for sample in decode_side((tmp_path / side_name(shard["name"])).read_bytes())[0]:
             assert sample.key == f"s{seen:04d}"
             text = sample.members["txt"]
             assert blob[text.offset : text.offset + text.size] == f"caption {seen}".encode()
@@ -62,10 +62,11 @@ def test_long_and_unicode_names(tmp_path: Path) -> None:
         writer.write(key, {"txt": b"hello"})
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         assert tar.getnames() == [f"{key}.txt"]
-    (sample,) = decode_side((tmp_path / "shard-000000.idx.json").read_bytes())
+    ((sample,), size) = decode_side((tmp_path / "shard-000000.idx.json").read_bytes())
     blob = (tmp_path / "shard-000000.tar").read_bytes()
     member = sample.members["txt"]
     assert sample.key == key
+    assert size == len(blob)
     assert blob[member.offset : member.offset + member.size] == b"hello"
 
 

@@ -1,0 +1,388 @@
+"""Readers as Ray actors: the one module of this room that knows Ray.
+
+    readers (any number, any node)      make batches, hold no state
+      ^ calls, bounded by `prefetch`
+    coordinator (one a data-parallel rank)   hands the same object to every tensor-parallel peer
+      ^ next(step)
+    RayFeed (in each trainer rank)      zero-copy numpy views of the object store
+
+A batch is a pure function of its step, so a reader that dies is restarted and asked again, and a coordinator
+that dies begins anew at the step it is next asked for. A `LedgerActor` counts bad samples over all ranks;
+when they are too many, it names one step beyond every step that any rank was given, and every rank fails at
+that step: no rank is left waiting in a collective for one that stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from data_pipeline.batch import Batch, Skip, empty_batch
+from data_pipeline.config import DatasetConfig
+from data_pipeline.dataset import DatasetStream
+from data_pipeline.errors import BadDataError
+from data_pipeline.feed import check_datasets, check_saved, make_state
+from data_pipeline.index import ShardIndex
+from data_pipeline.ledger import Ledger
+from data_pipeline.tokenizer import TokenizerConfig
+
+_ASKS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """How many readers there are and how far they read ahead."""
+
+    readers: int = 2
+    """Reader actors of the whole job, shared by all ranks; spread over the nodes."""
+    cpus_per_reader: float = 0.25
+    """Logical CPUs that Ray reserves for a reader; may be a fraction."""
+    prefetch: int = 2
+    """Steps of each data-parallel rank that are read ahead; bounds the memory of waiting batches."""
+    retries: int = 3
+    """Times that a batch is asked for again when its reader dies; a sample that kills every reader that
+    touches it would otherwise be retried for ever."""
+    timeout_s: float = 900.0
+    """Seconds after which a rank that waits for a batch fails with an error."""
+
+    def __post_init__(self) -> None:
+        if self.readers < 1 or self.prefetch < 0 or self.retries < 0:
+            raise ValueError(
+                f"readers {self.readers}, prefetch {self.prefetch}, retries {self.retries}: "
+                "at least 1, 0 and 0 are needed"
+            )
+        if not self.cpus_per_reader >= 0 or not self.timeout_s > 0:
+            raise ValueError(
+                f"cpus_per_reader {self.cpus_per_reader}, timeout_s {self.timeout_s}: "
+                "the first must be at least 0, the second above 0"
+            )
+
+
+class Reader:
+    """Actor that makes batches."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        tokenizer: TokenizerConfig,
+        seed: int,
+        indices: Mapping[str, ShardIndex],
+    ) -> None:
+        """Open the data sets with indices made once, by the driver."""
+        loaded = tokenizer.load()
+        self._streams = {c.name: DatasetStream(c, loaded, seed, index=indices[c.name]) for c in datasets}
+
+    def make(self, name: str, step: int, dp_rank: int, dp_size: int) -> tuple[Batch, tuple[Skip, ...]]:
+        """Make one batch; the skips come as a second object, so that counting them moves no batch."""
+        batch = self._streams[name].batch(step, dp_rank, dp_size)
+        return batch, batch.skips
+
+
+class LedgerActor:
+    """Actor that counts bad samples over all ranks and stops all ranks at one step."""
+
+    def __init__(
+        self, datasets: Sequence[DatasetConfig], quarantine: str | None, skips: Mapping[str, Sequence[Skip]]
+    ) -> None:
+        """Open the ledger with what indexing found."""
+        self._ledger = Ledger(datasets, quarantine)
+        for name, found in skips.items():
+            self._ledger.record(name, 0, found)
+        self._counted: dict[int, int] = {}
+        self._furthest = -1
+        self._stop_at: int | None = None
+
+    def report(self, dp_rank: int, step: int, read: Mapping[str, tuple[int, Sequence[Skip]]]) -> None:
+        """Count a step that one rank's readers have made; a step made again is not counted again."""
+        again = step <= self._counted.get(dp_rank, -1)
+        self._counted[dp_rank] = max(step, self._counted.get(dp_rank, -1))
+        for name, (samples, skips) in read.items():
+            self._ledger.record(name, 0 if again else samples, skips)
+
+    def may_pass(self, step: int) -> str | None:
+        """Allow a rank to train a step, or say why not. All ranks get the same answer for the same step."""
+        message = self._ledger.verdict()
+        if message is not None and self._stop_at is None:
+            self._stop_at = self._furthest + 1
+        if self._stop_at is not None and step >= self._stop_at:
+            return message
+        self._furthest = max(self._furthest, step)
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts of read and bad samples, see `Ledger.summary`."""
+        return self._ledger.summary()
+
+
+class Coordinator:
+    """Actor of one data-parallel rank: keeps calls to readers outstanding and serves all peers alike."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        pad_id: int,
+        readers: Sequence[Any],
+        ledger: Any,
+        dp_rank: int,
+        dp_size: int,
+        peers: int,
+        prefetch: int,
+    ) -> None:
+        """Hold the handles; nothing is read until the first step is asked for."""
+        self._datasets, self._pad_id = tuple(datasets), pad_id
+        self._readers, self._ledger = tuple(readers), ledger
+        self._rank, self._size, self._peers, self._prefetch = dp_rank, dp_size, peers, prefetch
+        self._steps: dict[int, asyncio.Task[dict[str, list[Any]]]] = {}
+        self._verdicts: dict[int, asyncio.Task[str | None]] = {}
+        self._asked: dict[int, int] = {}
+
+    async def next(self, step: int, peer: int) -> dict[str, list[Any]]:
+        """Give references to the batches of a step, the same ones to every peer.
+
+        Args:
+            step: the step.
+            peer: tensor-parallel rank that asks.
+
+        Returns:
+            By data set, a list of one reference: a bare one would be fetched for the caller by Ray.
+
+        Raises:
+            BadDataError: when the run must stop at this step.
+        """
+        self._asked[peer] = step
+        for ahead in range(step, step + self._prefetch + 1):
+            if ahead not in self._steps:
+                self._steps[ahead] = asyncio.create_task(self._build(ahead))
+        self._drop(step)
+        try:
+            batches = await asyncio.shield(self._steps[step])
+        except Exception:
+            self._steps.pop(step, None)  # asked again, it is made again
+            raise
+        if step not in self._verdicts:
+            self._verdicts[step] = asyncio.create_task(self._ask_ledger(step))
+        if (message := await self._verdicts[step]) is not None:
+            raise BadDataError(message)
+        return batches
+
+    def held(self) -> list[int]:
+        """Return the steps whose batches are held."""
+        return sorted(self._steps)
+
+    def _drop(self, step: int) -> None:
+        """Drop steps that all peers have taken, and those that a resume elsewhere left behind."""
+        everyone = len(self._asked) == self._peers
+        oldest = min(self._asked.values()) if everyone else step - self._prefetch - 1
+        # A peer that lags further than the read-ahead was restarted; its steps can be made again.
+        oldest = max(oldest, step - self._prefetch - 1)
+        newest = max(step, *(a for a in self._asked.values() if a <= step + self._prefetch)) + self._prefetch
+        for stale in [s for s in self._steps if not oldest <= s <= newest]:
+            self._steps.pop(stale).cancel()
+            self._verdicts.pop(stale, None)
+
+    async def _ask_ledger(self, step: int) -> str | None:
+        """Ask whether the step may be trained."""
+        answer: str | None = await self._ledger.may_pass.remote(step)
+        return answer
+
+    async def _build(self, step: int) -> dict[str, list[Any]]:
+        """Have the batches of a step made, and report their bad samples before anyone trains on them."""
+        calls = {}
+        for number, config in enumerate(self._datasets):
+            # Rotates, so that no reader is left with all batches of the slowest data set.
+            turn = step * self._size + self._rank + number
+            reader = self._readers[turn % len(self._readers)]
+            call = reader.make.options(num_returns=2)
+            calls[config] = call.remote(config.name, step, self._rank, self._size)
+        batches, read = {}, {}
+        for config, (batch, skips) in calls.items():
+            samples = config.local_batch_size(self._size)
+            try:
+                found: Sequence[Skip] = await skips
+            except Exception as error:  # a dead reader, or a fault in our own code
+                found = (self._failed(config, step, error),)
+                empty = empty_batch(
+                    samples,
+                    config.seq_len,
+                    config.media_shape,
+                    pixels=config.media == "pixels",
+                    pad_id=self._pad_id,
+                    skips=tuple(found),
+                )
+                batch = ray.put(empty)
+            batches[config.name] = [batch]
+            read[config.name] = (samples, tuple(found))
+        await self._ledger.report.remote(self._rank, step, read)
+        return batches
+
+    def _failed(self, config: DatasetConfig, step: int, error: BaseException) -> Skip:
+        """Describe a batch that no reader could make; the ledger then stops every rank, not this alone."""
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return Skip(
+            key="",
+            shard="",
+            cause="reader failed",
+            detail=f"step {step}: {type(error).__name__}: {' | '.join(lines[:1] + lines[-3:])}"[:1000],
+            dataset=config.name,
+            position=step * config.batch_size,
+            fatal=True,
+        )
+
+
+class RayFeed:
+    """Feed of one trainer rank; picklable, so that the driver makes it and the rank receives it."""
+
+    def __init__(
+        self,
+        coordinator: Any,
+        ledger: Any,
+        peer: int,
+        described: Mapping[str, Mapping[str, Any]],
+        timeout_s: float,
+    ) -> None:
+        """Hold the handles; `RayPipeline.feed` makes one."""
+        self._coordinator, self._ledger, self._peer = coordinator, ledger, peer
+        self._described, self._timeout_s = described, timeout_s
+
+    def next(self, step: int) -> dict[str, Batch]:
+        """Return the batches of one step; their arrays are read-only views of the object store.
+
+        Raises:
+            BadDataError: on all ranks at the same step, when the run must stop.
+            TimeoutError: when no batch came in time.
+        """
+        lost = (ray.exceptions.ObjectLostError, ray.exceptions.ActorUnavailableError)
+        for ask in range(_ASKS):
+            try:
+                boxes = ray.get(self._coordinator.next.remote(step, self._peer), timeout=self._timeout_s)
+                refs = [boxes[name][0] for name in self._described]
+                return dict(zip(self._described, ray.get(refs, timeout=self._timeout_s), strict=True))
+            except BadDataError as error:
+                # Ray's own wrapper holds a remote traceback; the user needs the message alone.
+                cause = getattr(error, "cause", error)
+                raise BadDataError(str(cause)) from None
+            except ray.exceptions.GetTimeoutError as error:
+                raise TimeoutError(
+                    f"no batch for step {step} within {self._timeout_s:.0f} s: the readers are stuck "
+                    "or have no CPUs; look at `ray status` and `ray list actors`, or lower cpus_per_reader"
+                ) from error
+            except lost:
+                # The coordinator died with the objects it owned: its successor makes the same batches.
+                if ask == _ASKS - 1:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the position before `step`."""
+        return make_state(self._described, step)
+
+    def check_state(self, saved: Mapping[str, Any]) -> int:
+        """Return the step to continue at; ResumeError names every difference."""
+        return check_saved(self._described, saved)
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts of read and bad samples over all ranks, see `Ledger.summary`."""
+        summary: dict[str, Any] = ray.get(self._ledger.summary.remote(), timeout=self._timeout_s)
+        return summary
+
+    def close(self) -> None:
+        """Do nothing: the actors belong to the driver."""
+
+
+class RayPipeline:
+    """All data actors of a run; made by the driver, alive as long as it holds this object."""
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        tokenizer: TokenizerConfig,
+        *,
+        seed: int,
+        dp_size: int,
+        tp_size: int = 1,
+        config: ReaderConfig | None = None,
+        quarantine: str | Path | None = None,
+    ) -> None:
+        """Open the data sets, so that their errors come before any trainer starts, and start the actors.
+
+        Args:
+            datasets: the data sets.
+            tokenizer: where readers load the tokenizer from; the path must exist on every node.
+            seed: seed of the run.
+            dp_size: number of data-parallel ranks.
+            tp_size: ranks of a tensor-parallel group, which share their batches.
+            config: number of readers and read-ahead.
+            quarantine: file for bad samples, on the driver's node.
+
+        Raises:
+            MissingShardError: when shards are missing.
+            ValueError: for data sets that cannot be read in this layout.
+        """
+        check_datasets(datasets, dp_size)
+        self.config = config or ReaderConfig()
+        self._dp_size, self._tp_size = dp_size, tp_size
+        loaded = tokenizer.load()
+        streams = {c.name: DatasetStream(c, loaded, seed) for c in datasets}
+        self._described = {name: stream.describe() for name, stream in streams.items()}
+        indices = ray.put({name: stream.index for name, stream in streams.items()})
+        self._ledger = self._start_ledger(datasets, streams, quarantine)
+        reader = ray.remote(Reader).options(
+            num_cpus=self.config.cpus_per_reader,
+            max_restarts=-1,
+            max_task_retries=self.config.retries,
+            scheduling_strategy="SPREAD",
+        )
+        self.readers = [reader.remote(datasets, tokenizer, seed, indices) for _ in range(self.config.readers)]
+        coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        self.coordinators = [
+            coordinator.remote(
+                datasets,
+                loaded.pad_id,
+                self.readers,
+                self._ledger,
+                rank,
+                dp_size,
+                tp_size,
+                self.config.prefetch,
+            )
+            for rank in range(dp_size)
+        ]
+
+    def _start_ledger(
+        self,
+        datasets: Sequence[DatasetConfig],
+        streams: Mapping[str, DatasetStream],
+        quarantine: str | Path | None,
+    ) -> Any:
+        """Start the ledger on the driver's node, where the run folder is."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        ledger = ray.remote(LedgerActor).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+        )
+        path = str(Path(quarantine).absolute()) if quarantine is not None else None
+        return ledger.remote(datasets, path, {name: stream.index.skips for name, stream in streams.items()})
+
+    def feed(self, dp_rank: int, tp_rank: int = 0) -> RayFeed:
+        """Make the feed of one trainer rank.
+
+        Raises:
+            ValueError: when there is no such rank.
+        """
+        if not (0 <= dp_rank < self._dp_size and 0 <= tp_rank < self._tp_size):
+            raise ValueError(
+                f"dp_rank {dp_rank}, tp_rank {tp_rank}: this pipeline serves {self._dp_size} data-parallel "
+                f"x {self._tp_size} tensor-parallel ranks"
+            )
+        coordinator = self.coordinators[dp_rank]
+        return RayFeed(coordinator, self._ledger, tp_rank, self._described, self.config.timeout_s)
+
+    def shutdown(self) -> None:
+        """Stop all actors."""
+        for actor in (*self.coordinators, *self.readers, self._ledger):
+            ray.kill(actor)

@@ -1,0 +1,175 @@
+"""The stream of one data set: a batch is a pure function of (configuration, seed, step, rank)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.batch import Batch, Skip
+from data_pipeline.config import DatasetConfig
+from data_pipeline.errors import BadSampleError
+from data_pipeline.index import ShardIndex, open_index
+from data_pipeline.order import SampleOrder, make_rng
+from data_pipeline.reading import SampleReader, with_retries
+from data_pipeline.samples import LoadedSample, SampleLoader
+from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
+
+__all__ = ["DatasetConfig", "DatasetStream"]
+
+
+class DatasetStream:
+    """Batches of one data set at any step, for any rank; holds caches but no position."""
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        tokenizer: Tokenizer | TokenizerConfig,
+        seed: int,
+        *,
+        index: ShardIndex | None = None,
+    ) -> None:
+        """Open the data set.
+
+        Args:
+            config: the data set.
+            tokenizer: the language model's tokenizer, or where to load it from.
+            seed: seed of the run, at least 0.
+            index: index of the shards when it is already at hand; else it is opened from `config.urls`.
+
+        Raises:
+            MissingShardError: when shards are missing.
+            ValueError: when no sample is found.
+        """
+        if seed < 0:
+            raise ValueError(f"seed {seed}: must be at least 0")
+        self.config, self.seed = config, seed
+        self.index = index or open_index(config.urls, cache_shards=config.cache_shards)
+        self.tokenizer = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
+        self.order = SampleOrder(
+            self.index.counts,
+            seed=seed,
+            name=config.name,
+            shuffle=config.shuffle and config.mode == "train",
+            shuffle_shards=config.shuffle_shards,
+        )
+        self._loader = SampleLoader(config, self.tokenizer, seed)
+        self._threads = ThreadPoolExecutor(config.threads) if config.threads > 1 else None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return self.order.num_samples
+
+    def positions(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> range:
+        """Positions of one rank's samples in one step (docs/architecture.md, "position").
+
+        Raises:
+            ValueError: when the batch does not divide, or the rank is none of the ranks.
+        """
+        local = self.config.local_batch_size(dp_size)
+        if not 0 <= dp_rank < dp_size or step < 0:
+            raise ValueError(f"step {step}, dp_rank {dp_rank} of {dp_size}: no such step or rank")
+        first = step * self.config.batch_size + dp_rank * local
+        return range(first, first + local)
+
+    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """Make the batch of one data-parallel rank in one step; a bad sample empties its slot.
+
+        Args:
+            step: number of the step, from 0.
+            dp_rank: data-parallel rank.
+            dp_size: number of data-parallel ranks.
+
+        Returns:
+            A batch of batch_size / dp_size samples, right-padded to the data set's T, M, F.
+
+        Raises:
+            ValueError: when the batch does not divide among the ranks.
+        """
+        positions = self.positions(step, dp_rank, dp_size)
+        # Order and offsets sit in caches that threads must not share; fetching and decoding may.
+        jobs = [self._job(position) for position in positions]
+        mapped = self._threads.map if self._threads else map
+        return self._assemble(list(mapped(lambda job: job(), jobs)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what must be the same for a saved position to be continued, as plain JSON values."""
+        return {
+            "seed": self.seed,
+            "samples": self.num_samples,
+            "shards": self.index.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "random_numbers": _rng_fingerprint(),
+            "settings": self.config.settings(),
+        }
+
+    def _job(self, position: int) -> Callable[[], LoadedSample | Skip]:
+        """Prepare the loading of one sample."""
+        place = self.order.locate(position)
+        url = self.index.entries[place.shard].url
+        try:
+            record = with_retries(lambda: self.index.records(place.shard), f"offsets of {url}")[place.sample]
+        except BadSampleError as error:
+            skip = self._skip(error, "", url, position)
+            return lambda: skip
+
+        def load() -> LoadedSample | Skip:
+            try:
+                reader = SampleReader(url, record, max_bytes=self.config.max_bytes)
+                return self._loader.load(reader, position)
+            except BadSampleError as error:
+                return self._skip(error, record.key, url, position)
+
+        return load
+
+    def _skip(self, error: BadSampleError, key: str, url: str, position: int) -> Skip:
+        """Describe a bad sample."""
+        return Skip(
+            key=key,
+            shard=url,
+            cause=error.cause,
+            detail=error.detail,
+            dataset=self.config.name,
+            position=position,
+            fatal=error.fatal,
+        )
+
+    def _assemble(self, samples: list[LoadedSample | Skip]) -> Batch:
+        """Put samples into the slots of a batch."""
+        config, B = self.config, len(samples)
+        pixels = config.media == "pixels"
+        tokens_BT = np.full((B, config.seq_len), self.tokenizer.pad_id, np.int64)
+        loss_mask_BT = np.zeros((B, config.seq_len), np.bool_)
+        media_index_BT = np.zeros((B, config.seq_len), np.int32)
+        media = np.zeros((B, *config.media_shape), np.uint8 if pixels else np.float16)
+        media_mask_BM = np.zeros((B, config.max_media), np.bool_)
+        for b, sample in enumerate(samples):
+            if isinstance(sample, Skip):
+                continue
+            length = len(sample.text.tokens_T)
+            tokens_BT[b, :length] = sample.text.tokens_T
+            loss_mask_BT[b, :length] = sample.text.loss_mask_T
+            media_index_BT[b, :length] = sample.text.media_index_T
+            for m, medium in enumerate(sample.media):
+                media[b, m] = medium
+                media_mask_BM[b, m] = True
+        return Batch(
+            tokens_BT=tokens_BT,
+            loss_mask_BT=loss_mask_BT,
+            media_index_BT=media_index_BT,
+            media=media,
+            media_mask_BM=media_mask_BM,
+            keys=tuple("" if isinstance(s, Skip) else s.key for s in samples),
+            skips=tuple(s for s in samples if isinstance(s, Skip)),
+        )
+
+
+def _rng_fingerprint() -> str:
+    """Hash a few draws: numpy may change its streams between versions, which would change every order."""
+    rng = make_rng(0, "fingerprint", "probe")
+    draws = (rng.permutation(64).tolist(), rng.integers(1000, size=8).tolist(), rng.random(4).tolist())
+    return hashlib.sha256(repr(draws).encode()).hexdigest()[:16]

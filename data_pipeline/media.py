@@ -1,0 +1,298 @@
+"""Bytes to pixels or features: decoding with limits, so that a hostile or broken file costs one sample."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from data_pipeline.errors import BadSampleError
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
+PIL_VIDEO_EXTENSIONS = ("webp", "gif")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", *PIL_VIDEO_EXTENSIONS)
+FEATURE_EXTENSION = "npy"
+_MAX_VIDEO_FRAMES = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaConfig:
+    """How media are decoded."""
+
+    image_size: int = 320
+    """Height and width of the result in pixels (paper: 320)."""
+    pad_colour: tuple[int, int, int] = (124, 116, 104)
+    """RGB that fills the border beside images that are not square (paper: the mean; here ImageNet's)."""
+    max_pixels: int = 89_000_000
+    """Largest width x height of an image or frame; beyond it the sample is skipped as "too large"."""
+    max_bytes: int = 256 << 20
+    """Largest encoded medium in bytes; beyond it the sample is skipped unread."""
+    video_fps: float | None = 1.0
+    """Frames a second taken from a clip (paper: 1 in training); None spreads them over the whole video."""
+    hflip_p: float = 0.5
+    """Probability of a left-right flip in training (paper: flips, p not given). No effect on features."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by factors from [1 - j, 1 + j] in training; 0 is off."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.max_pixels < 1 or self.max_bytes < 1:
+            raise ValueError(
+                f"image_size {self.image_size}, max_pixels {self.max_pixels}, max_bytes {self.max_bytes}: "
+                "all must be at least 1"
+            )
+        if len(self.pad_colour) != 3 or not all(0 <= c <= 255 for c in self.pad_colour):
+            raise ValueError(f"pad_colour {self.pad_colour}: give three numbers in 0..255 (R, G, B)")
+        if self.video_fps is not None and not self.video_fps > 0:
+            raise ValueError(
+                f"video_fps {self.video_fps}: give frames a second above 0, or None for the whole"
+            )
+        if not 0 <= self.hflip_p <= 1 or not 0 <= self.colour_jitter < 1:
+            raise ValueError(
+                f"hflip_p {self.hflip_p}, colour_jitter {self.colour_jitter}: "
+                "the first lies in [0, 1], the second in [0, 1)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """Draws for one medium; all its frames are treated alike."""
+
+    flip: bool = False
+    factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Brightness, contrast, saturation."""
+    clip_start: float = 0.5
+    """Where a clip lies in a longer video: 0 at its beginning, 1 at its end."""
+
+
+def draw_augmentation(config: MediaConfig, rng: np.random.Generator) -> Augmentation:
+    """Draw the augmentation of one medium."""
+    flip = bool(rng.random() < config.hflip_p)
+    factors = 1.0 + config.colour_jitter * rng.uniform(-1, 1, 3)
+    return Augmentation(flip, tuple(float(f) for f in factors), float(rng.random()))  # type: ignore[arg-type]
+
+
+def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | None = None) -> np.ndarray:
+    """Decode one image.
+
+    Args:
+        blob: encoded image in any format that Pillow reads.
+        config: size, padding and limits.
+        augmentation: None leaves the image as it is.
+
+    Returns:
+        uint8 [3, H, W] with H = W = image_size; the aspect ratio is kept and the border padded.
+
+    Raises:
+        BadSampleError: "corrupt image" or "too large".
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; faults that matter raise
+        try:
+            image: Image.Image = Image.open(BytesIO(blob))
+            _check_pixels(image.width, image.height, config)
+            if image.format == "JPEG" and image.mode == "RGB":
+                # Lets the decoder shrink by 2, 4 or 8 as it decodes; still twice the size that is needed.
+                image.draft("RGB", (2 * config.image_size, 2 * config.image_size))
+            image = ImageOps.exif_transpose(image)
+            return _fit(image, config, augmentation)
+        except BadSampleError:
+            raise
+        except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
+            raise BadSampleError("corrupt image", f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def decode_video(
+    blob: bytes, extension: str, frames: int, config: MediaConfig, augmentation: Augmentation | None = None
+) -> np.ndarray:
+    """Decode `frames` frames of a video, evenly spaced.
+
+    A clip covers frames / video_fps seconds; a shorter video is covered whole, with frames repeated if it has
+    fewer than are wanted. Without augmentation the clip lies in the middle.
+
+    Args:
+        blob: encoded video.
+        extension: its extension; webp and gif are read by Pillow, all others by PyAV.
+        frames: F.
+        config: size, padding, frame rate and limits.
+        augmentation: None takes the middle clip and flips nothing.
+
+    Returns:
+        uint8 [F, 3, H, W].
+
+    Raises:
+        BadSampleError: "corrupt video" or "too large".
+    """
+    start = 0.5 if augmentation is None else augmentation.clip_start
+    try:
+        if extension in PIL_VIDEO_EXTENSIONS:
+            images = _pil_frames(blob, frames, start, config)
+        else:
+            images = _av_frames(blob, frames, start, config)
+        # By identity, so that a repeated frame is resized once.
+        fitted = {key: _fit(image, config, augmentation) for key, image in {id(i): i for i in images}.items()}
+        return np.stack([fitted[id(image)] for image in images])
+    except BadSampleError:
+        raise
+    except Exception as error:  # FFmpeg and Pillow raise many kinds
+        raise BadSampleError("corrupt video", f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def pick_frames(
+    times_N: np.ndarray, duration: float, frames: int, fps: float | None, start: float
+) -> np.ndarray:
+    """Choose frames by time.
+
+    Args:
+        times_N: seconds at which each frame begins, ascending from 0, float64 [N].
+        duration: seconds of the whole video.
+        frames: F.
+        fps: frames a second of the clip; None covers the whole video.
+        start: where the clip lies in a longer video, 0 at its beginning, 1 at its end.
+
+    Returns:
+        int64 [F], numbers of frames; those shown in the middles of F equal parts of the clip.
+    """
+    span = duration if fps is None else min(duration, frames / fps)
+    middles_F = (duration - span) * start + (np.arange(frames) + 0.5) * span / frames
+    return np.clip(np.searchsorted(times_N, middles_F, side="right") - 1, 0, len(times_N) - 1)
+
+
+def decode_features(blob: bytes, frames: int, num_features: int, width: int) -> np.ndarray:
+    """Read the features of a frozen encoder.
+
+    The array is read by its header and size alone: no pickle, and no allocation that the bytes do not cover.
+
+    Args:
+        blob: an `.npy` file, float16 or float32 [f, S, C].
+        frames: F; more stored frames are thinned evenly, fewer repeated.
+        num_features: S.
+        width: C.
+
+    Returns:
+        float16 [F, S, C].
+
+    Raises:
+        BadSampleError: "bad features" for anything else, or for values that are not finite.
+    """
+    stream = BytesIO(blob)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, fortran, dtype = read(stream)
+    except Exception as error:  # a broken header raises ValueError, KeyError, SyntaxError or TokenError
+        raise BadSampleError("bad features", f"no .npy header: {error}"[:300]) from error
+    offset = stream.tell()
+    if dtype not in (np.float16, np.float32) or fortran or len(shape) != 3 or 0 in shape:
+        raise BadSampleError("bad features", f"{dtype} {shape}; float16 [F, S, C] in C order is needed")
+    if shape[1:] != (num_features, width):
+        raise BadSampleError(
+            "bad features", f"shape {shape}; the data set wants [F, {num_features}, {width}]"
+        )
+    if len(blob) - offset != math.prod(shape) * dtype.itemsize:
+        raise BadSampleError("bad features", f"{len(blob) - offset} bytes of data for shape {shape}, {dtype}")
+    features_FSC = np.frombuffer(blob, dtype, offset=offset).reshape(shape)
+    if shape[0] != frames:
+        times = np.arange(shape[0], dtype=np.float64)
+        features_FSC = features_FSC[pick_frames(times, float(shape[0]), frames, None, 0.5)]
+    with np.errstate(over="ignore"):
+        features_FSC = features_FSC.astype(np.float16)
+    if not np.isfinite(features_FSC).all():
+        raise BadSampleError("bad features", "values that are not finite in float16")
+    return features_FSC
+
+
+def _check_pixels(width: int, height: int, config: MediaConfig) -> None:
+    """Refuse media whose decoding would take too much memory."""
+    if width * height > config.max_pixels or width < 1 or height < 1:
+        raise BadSampleError(
+            "too large", f"{width} x {height} pixels, at most {config.max_pixels} are allowed"
+        )
+
+
+def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | None) -> np.ndarray:
+    """Scale to the square, pad, augment: uint8 [3, H, W]."""
+    size = config.image_size
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", layer.size, (255, 255, 255))
+        image.paste(layer, mask=layer.getchannel("A"))
+    else:
+        image = image.convert("RGB")
+    scale = size / max(image.size)
+    fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(fitted, Image.Resampling.BICUBIC)
+    if augmentation is not None:
+        if augmentation.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        enhancers: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for enhancer, factor in zip(enhancers, augmentation.factors, strict=True):
+            if factor != 1.0:
+                image = enhancer(image).enhance(factor)
+    square = Image.new("RGB", (size, size), config.pad_colour)
+    square.paste(image, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
+    return np.ascontiguousarray(np.asarray(square, np.uint8).transpose(2, 0, 1))
+
+
+def _pil_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> list[Image.Image]:
+    """Take frames of an animated WebP or GIF; all frames are taken to last as long as the first."""
+    with Image.open(BytesIO(blob)) as image:
+        _check_pixels(image.width, image.height, config)
+        count = getattr(image, "n_frames", 1)
+        image.load()  # WebP knows a frame's duration only once it is decoded
+        seconds = (image.info.get("duration") or 100) / 1000
+        times = np.arange(count) * seconds
+        chosen: dict[int, Image.Image] = {}
+        numbers = pick_frames(times, count * seconds, frames, config.video_fps, start)
+        for number in sorted({int(n) for n in numbers}):
+            image.seek(number)
+            chosen[number] = image.copy()
+        return [chosen[int(n)] for n in numbers]
+
+
+def _av_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> list[Image.Image]:
+    """Take frames of a video through FFmpeg: times come from the packets, only the clip is decoded."""
+    with av.open(BytesIO(blob)) as container:
+        stream = container.streams.video[0]
+        _check_pixels(stream.width, stream.height, config)
+        tick = float(stream.time_base)
+        packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None]
+    if not packets or len(packets) > _MAX_VIDEO_FRAMES:
+        raise BadSampleError("corrupt video", f"{len(packets)} frames")
+    packets.sort()
+    stamps = np.array([pts for pts, _ in packets])
+    step = packets[-1][1] or (int(stamps[-1] - stamps[0]) // max(1, len(stamps) - 1)) or 1
+    duration = float(stamps[-1] - stamps[0] + step) * tick
+    numbers = pick_frames((stamps - stamps[0]) * tick, duration, frames, config.video_fps, start)
+    wanted = [int(stamps[n]) for n in numbers]
+    found = _decode_stamps(blob, set(wanted), seek=True)
+    if len(found) < len(set(wanted)):
+        found = _decode_stamps(blob, set(wanted), seek=False)  # some containers seek past the mark
+    if not found:
+        raise BadSampleError("corrupt video", "no frame could be decoded")
+    known = np.array(sorted(found))
+    nearest = known[np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 1)]
+    return [found[int(stamp)] for stamp in nearest]
+
+
+def _decode_stamps(blob: bytes, wanted: set[int], *, seek: bool) -> dict[int, Image.Image]:
+    """Decode the frames with given time stamps, from the key frame before the first when `seek` is set."""
+    found: dict[int, Image.Image] = {}
+    with av.open(BytesIO(blob)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # readers are the unit of parallelism
+        if seek and min(wanted) > 0:
+            container.seek(min(wanted), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                found[frame.pts] = frame.to_image()
+            if len(found) == len(wanted) or (frame.pts is not None and frame.pts > max(wanted)):
+                break
+    return found
