@@ -23,7 +23,7 @@ step() {
 step "ruff check" "$bin/ruff" check --quiet .
 step "ruff format --check" "$bin/ruff" format --check --quiet .
 step "mypy: packages" "$bin/mypy"
-step "mypy: tools and their tests" "$bin/mypy" "${scripts[@]}"
+step "mypy: tools and their tests" "$bin/mypy" --explicit-package-bases "${scripts[@]}"
 step "import arrows" "$bin/python" tools/check_imports.py . "${rooms[@]}"
 step "docstrings and sizes" "$bin/python" tools/check_docs.py . "${rooms[@]}"
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import check_docs
 import pytest
-from trees import write_tree
+
+from tests.tools.trees import write_tree
+from tools import check_docs
 
 GOOD = '''"""Module."""
 from dataclasses import dataclass

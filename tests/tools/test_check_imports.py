@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import check_imports
 import pytest
-from trees import write_tree
+
+from tests.tools.trees import write_tree
+from tools import check_imports
 
 GOOD = {
     "kernels/attention.py": "import math, torch\nimport triton.language as tl\nfrom kernels import scan\n",

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One Ray node, in the foreground: the head on the first SLURM node, a worker elsewhere. train.sbatch starts it by srun.
+#
+# Why not `ray symmetric-run`: (1) it tells the head by comparing addresses, so it cannot do with nodes that share a
+# host; (2) it ends with `ray stop`, which ends every Ray process of the user on that host, another job's included, and
+# it refuses to start beside one; (3) where `ray start` fails it still exits with 0; (4) the driver is its child within
+# the job step, so the signal that should make the driver save a checkpoint ends the Ray nodes at the same time.
+set -uo pipefail
+
+name=${SLURMD_NODENAME:-$(hostname)}
+python=$FLAMINGO_VENV/bin/python
+address=$FLAMINGO_HEAD_IP:$FLAMINGO_RAY_PORT
+# Of this job and node alone, and short: Ray puts unix sockets below it, whose paths may have 107 characters.
+temp=$FLAMINGO_RAY_TMP/ray-$SLURM_JOB_ID-$SLURM_NODEID
+
+export PATH=$FLAMINGO_VENV/bin:$PATH RAY_USAGE_STATS_ENABLED=0
+# By default Ray answers TERM by draining the node for up to 30 s, through a head that got the same TERM and is gone.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
+
+# Worker ports: 0 lets the system choose. Ray's fixed range would be fought over by nodes or jobs that share a host.
+arguments=(--block --disable-usage-stats --log-color=false --temp-dir="$temp"
+    --min-worker-port=0 --max-worker-port=0 --num-cpus="${SLURM_CPUS_ON_NODE:-$(nproc)}")
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] && arguments+=(--num-gpus="$SLURM_GPUS_ON_NODE")
+read -r -a extra <<<"${FLAMINGO_RAY_ARGS:-}"
+arguments+=("${extra[@]}")
+
+if [ "$SLURM_NODEID" -eq 0 ]; then
+    arguments=(--head --node-ip-address="$FLAMINGO_HEAD_IP" --port="$FLAMINGO_RAY_PORT" --include-dashboard=false
+        "${arguments[@]}")
+else
+    deadline=$((SECONDS + FLAMINGO_START_TIMEOUT))
+    until (exec 3<>"/dev/tcp/$FLAMINGO_HEAD_IP/$FLAMINGO_RAY_PORT") 2>/dev/null; do
+        if [ $SECONDS -ge $deadline ]; then
+            echo "ray_node.sh: error: node $name cannot reach the Ray head at $address within $FLAMINGO_START_TIMEOUT s." \
+                "If that is not the address by which nodes reach each other, set FLAMINGO_HEAD_IP" >&2
+            exit 1
+        fi
+        sleep 1
+    done
+    arguments=(--address="$address" "${arguments[@]}")
+fi
+
+"$python" -m ray.scripts.scripts start "${arguments[@]}" &
+ray=$!
+stopping=
+trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM INT
+while kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
+wait "$ray"
+code=$?
+
+if [ -n "$stopping" ]; then
+    rm -rf "$temp"
+    exit 0
+fi
+echo "ray_node.sh: error: Ray ended on node $name with exit code $code; its logs are in $temp/session_latest/logs there" >&2
+exit $((code == 0 ? 1 : code))
