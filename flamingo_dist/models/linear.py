@@ -69,9 +69,10 @@ class ColumnLinear(ColumnParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Map [..., in] to [..., out / tp size], or [..., out] where built with `gather_output`."""
+        """Map [..., in] to [..., out / tp size]."""
         if self.output_size_per_partition != self.output_size or args or kwargs:
-            return super().forward(input_, *args, **kwargs)
+            output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
+            return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
         return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
 
@@ -87,9 +88,15 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map [..., in / tp size] to [..., out], summed over the tensor-parallel group."""
         if self.input_size_per_partition != self.input_size:
-            return super().forward(input_)
+            output, skipped = super().forward(_three_axes(input_))
+            return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
         return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+
+
+def _three_axes(x: Tensor) -> Tensor:
+    """Return [..., in] as [N, 1, in]: megatron-core's weight gradient takes two or three axes alone."""
+    return x.reshape(-1, 1, x.shape[-1]) if x.dim() > 3 else x
 
 
 def column_linear(
@@ -98,7 +105,6 @@ def column_linear(
     *,
     std: float = 0.02,
     bias: bool = False,
-    gather_output: bool = False,
     sum_input_grad: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> ColumnLinear:
@@ -109,7 +115,6 @@ def column_linear(
         out_features: width of the output over all ranks.
         std: standard deviation of the weight's initial values.
         bias: add a bias, split as the output is and initially zero.
-        gather_output: return the whole output on every rank.
         sum_input_grad: sum the input's gradient over the group. False where the caller has passed the input
             through `sum_grad_over_tp`, which pays for one sum when several layers share an input.
         dtype: dtype of the parameters.
@@ -127,7 +132,7 @@ def column_linear(
         config=parallel_config(dtype),
         init_method=_no_init,
         bias=bias,
-        gather_output=gather_output,
+        gather_output=False,
         disable_grad_reduce=not sum_input_grad,
     )
     tag(layer.weight, std=std, partition_dim=0)
