@@ -134,9 +134,15 @@ def _rank_of(store: str, world: int) -> int:
 
 
 def _forget_deepspeed() -> None:
-    """Drop the groups that DeepSpeed keeps in module globals; they are of the world that just ended."""
+    """Drop what DeepSpeed keeps in globals: groups of the world that just ended, and counters of modules and
+    parameters, which must agree among ranks that have not run the same tasks."""
     import deepspeed.comm.comm as comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
+
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = 0
 
     comm.cdb = None
     groups.mpu = None

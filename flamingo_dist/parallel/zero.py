@@ -1,5 +1,6 @@
 """DeepSpeed in one place: its configuration, building under ZeRO, filling and residency of weights."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import deepspeed.comm.torch as deepspeed_torch_comm
 
 
 def init_deepspeed() -> None:
@@ -25,7 +25,10 @@ def init_deepspeed() -> None:
     Its shared-memory collective for CPUs is left out: it is compiled at first use with a C++ compiler that a
     machine may lack, and assumes that all ranks share one host.
     """
-    deepspeed_torch_comm.build_shm_op = lambda: None
+    # By name: the attribute `deepspeed.comm.torch` is torch itself, which that package imports.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # `zero.Init` reads it without a default; one process a device is the rule here.
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
     )
@@ -70,11 +73,12 @@ def is_plain(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def building(parallel: ParallelConfig, config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+def building(parallel: ParallelConfig, config: dict[str, Any]) -> Iterator[None]:
     """Build a model inside: under `zero.Init` where frozen weights are to be partitioned from the start.
 
     `zero.Init` gets the data-parallel group by name: with the `mpu` alone, DeepSpeed 0.19 broadcasts over the
-    whole world and overwrites every tensor-parallel shard with rank 0's.
+    whole world and overwrites every tensor-parallel shard with rank 0's. It takes the dtype from `config`: a
+    dtype given by name it drops, for bf16, where the accelerator has no fp16 (as a CPU has not).
     """
     if parallel.frozen == "resident":
         with nullcontext():
@@ -84,7 +88,6 @@ def building(parallel: ParallelConfig, config: dict[str, Any], dtype: torch.dtyp
         data_parallel_group=parallel_state.get_data_parallel_group(),
         mpu=MegatronMPU(),
         config_dict_or_path=config,
-        dtype=dtype,
     ):
         yield
 

@@ -81,7 +81,7 @@ def build_model(
     topology.check_divisible(config.tensor_sizes())
     if config.lm.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
-    with building(parallel, ds_config or {}, dtype):
+    with building(parallel, ds_config or {}):
         model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
     fill_parameters(model, parameter_values(config, topology, seed))
     if parallel.frozen == "resident":

@@ -157,7 +157,8 @@ class TrainStep:
         # DeepSpeed averages gradients over the data-parallel ranks; the divisor already counts all of them.
         loss = summed * (self.weights[name] * self.topology.data / divisor)
         # A non-finite loss can have finite gradients; make sure that it reaches the norm, which all ranks share.
-        loss = torch.where(torch.isfinite(loss), loss, loss * math.nan)
+        if not torch.isfinite(loss):
+            loss = loss * math.nan
         self.engine.backward(loss)
         return summed.detach().float()
 
