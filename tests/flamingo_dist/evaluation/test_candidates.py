@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,6 +51,7 @@ def test_scores_equal_one_candidate_at_a_time(rows: int, normalise: str) -> None
     assert calls.count("latents") == -(-len(prompts) * len(CANDIDATES) // rows)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
 def test_ranks_by_sorting(count: int, choices: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

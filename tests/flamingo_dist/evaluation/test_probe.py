@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,6 +66,7 @@ MASKS = st.integers(2, 6).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(MASKS)
 def test_no_sample_gets_its_own_media(mask: list[list[bool]]) -> None:
     donor, slot, found = other_media(torch.tensor(mask))

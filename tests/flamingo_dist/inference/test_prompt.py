@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo_dist.inference.prompt import (
@@ -63,6 +63,7 @@ def test_one_text_only_example_warns() -> None:
         zero_shot_prompt([{"caption": "a"}], ids=IDS, encode=encode)
 
 
+@settings(deadline=None)
 @given(CAPTIONS)
 def test_phi_points_each_shot_at_its_own_medium(captions: list[str]) -> None:
     prompt = few_shot_prompt([{"caption": caption} for caption in captions], ids=IDS, encode=encode)
@@ -76,11 +77,13 @@ def test_phi_points_each_shot_at_its_own_medium(captions: list[str]) -> None:
         assert spell(seen_by) == f"<image>Output: {captions[medium - 1]}<EOC>"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 301])))
 def test_phi_counts_the_images_so_far(tokens: list[int]) -> None:
     assert phi(tokens, 301) == tuple(tokens[: place + 1].count(301) for place in range(len(tokens)))
 
 
+@settings(deadline=None)
 @given(CAPTIONS.filter(bool))
 def test_an_answer_continues_the_query(captions: list[str]) -> None:
     fields = {"caption": captions[0]}

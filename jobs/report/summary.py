@@ -1,0 +1,109 @@
+"""`summary.json`: the figures of a run by which it is judged and compared."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jobs.report.read import Run, read_run, write_json
+
+PROBE_KINDS = ("true", "shuffled", "blank", "gates_off")
+"""The four losses of the grounding probe."""
+
+SMOOTHING_STEPS = 10
+"""Steps behind `final_loss_mean`."""
+
+
+def write_summary(run_dir: Path | str) -> Path:
+    """Write `summary.json` into a run folder.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        Path of the file.
+    """
+    run = read_run(run_dir)
+    path = run.folder / "summary.json"
+    write_json(path, summarise(run))
+    return path
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Reduce a run to its key figures. What the run did not record is None (null), never a guess.
+
+    Times, shares and speeds are counted from the second recorded step on: the first pays for compilation,
+    allocation and the first fill of the data queues.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The contents of summary.json.
+    """
+    held_out = _latest_by_dataset(run, "data")
+    settled = run.steps[1:]
+    return {
+        "recipe": run.environment.get("recipe", run.config.get("recipe")),
+        "commit": run.environment.get("commit", run.config.get("commit")),
+        "versions": run.environment.get("versions"),
+        "machine": run.environment.get("machine"),
+        "steps": len(run.steps),
+        "last_step": run.steps[-1]["step"] if run.steps else None,
+        "skipped_steps": sum(int(step.get("skipped", 0)) for step in run.steps),
+        "bad_samples": sum(int(step.get("bad_samples", 0)) for step in run.steps),
+        "final_loss": run.steps[-1]["loss"] if run.steps else None,
+        "final_loss_mean": _final_mean(run),
+        "grounding_gap_nats": {
+            name: losses["shuffled"] - losses["true"]
+            for name, losses in held_out.items()
+            if "shuffled" in losses and "true" in losses
+        }
+        or None,
+        "held_out_loss": {
+            name: {kind: losses.get(kind) for kind in PROBE_KINDS} for name, losses in held_out.items()
+        }
+        or None,
+        "candidates": _latest_by_dataset(run, "candidates") or None,
+        "tokens_per_second": _mean_rate(settled),
+        "data_wait_share": _share(settled, "data"),
+        "checkpoint_stall_share": _share(settled, "checkpoint"),
+        "seconds": run.phases or None,
+        "unreadable_lines": run.unreadable_lines,
+    }
+
+
+def _latest_by_dataset(run: Run, part: str) -> dict[str, Any]:
+    """Of each data set the last probe that has it; not every probe need hold every data set."""
+    latest: dict[str, Any] = {}
+    for probe in run.probes:
+        latest.update(probe.get(part) or {})
+    return latest
+
+
+def _final_mean(run: Run) -> dict[str, float] | None:
+    """Mean loss of each data set over the last steps: one step's loss is noisy."""
+    last = run.steps[-SMOOTHING_STEPS:]
+    names = dict.fromkeys(name for step in last for name in step["loss"])
+    means = {}
+    for name in names:
+        values = [step["loss"][name] for step in last if name in step["loss"]]
+        means[name] = sum(values) / len(values)
+    return means or None
+
+
+def _mean_rate(steps: list[dict[str, Any]]) -> float | None:
+    """Tokens a second over the whole time: the steps' rates weighted by their seconds."""
+    timed = [
+        (step["tokens_per_second"], step["seconds"]["step"])
+        for step in steps
+        if math.isfinite(step.get("tokens_per_second", math.nan)) and step.get("seconds", {}).get("step")
+    ]
+    seconds = sum(duration for _, duration in timed)
+    return sum(rate * duration for rate, duration in timed) / seconds if seconds else None
+
+
+def _share(steps: list[dict[str, Any]], part: str) -> float | None:
+    """Share of the step time that one part takes."""
+    timed = [step["seconds"] for step in steps if part in step.get("seconds", {})]
+    whole = sum(seconds["step"] for seconds in timed)
+    return sum(seconds[part] for seconds in timed) / whole if whole else None
