@@ -178,17 +178,17 @@ def _dense(
     media, latents = k_BMRHK.shape[1:3]
     index_BT1 = media_index_BT.unsqueeze(-1)
     medium_M = torch.arange(1, media + 1, device=media_index_BT.device)
+    seen_BT1 = (index_BT1 > 0) & (index_BT1 <= media)
     mask = None
     if media > 1:
         visible_BTM = (medium_M <= index_BT1) if attend_all else (medium_M == index_BT1)
-        mask = visible_BTM.repeat_interleave(latents, dim=-1).unsqueeze(1)
+        # What a fully masked row gives, forward and backward, differs between backends (zeros, the mean of
+        # all values, NaN). So there is none: a row that sees nothing attends to everything and is replaced.
+        mask = (visible_BTM | ~seen_BT1).repeat_interleave(latents, dim=-1).unsqueeze(1)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BMRHK.flatten(1, 2).transpose(1, 2),
         v_BMRHK.flatten(1, 2).transpose(1, 2),
         attn_mask=mask,
     )
-    # What a fully masked row gets differs between backends (zeros, the mean of all values, NaN), so it is
-    # replaced, not multiplied: 0 * NaN would stay.
-    seen_BT11 = ((media_index_BT > 0) & (media_index_BT <= media))[:, :, None, None]
-    return torch.where(seen_BT11, out_BHTK.transpose(1, 2), 0.0)
+    return torch.where(seen_BT1.unsqueeze(-1), out_BHTK.transpose(1, 2), 0.0)
