@@ -134,19 +134,7 @@ def encode_corpus(
         return held
     fs.makedirs(path, exist_ok=True)
     index = open_index([source_url])
-    tasks = [
-        ShardTask(
-            shard=number,
-            name=f"shard-{number:06d}.tar",
-            source_url=source_url,
-            folder=folder,
-            vision=config.vision,
-            media=config.media,
-            frames=config.frames,
-            batch=config.batch,
-        )
-        for number in range(len(index.entries))
-    ]
+    tasks = _tasks(source_url, folder, config, len(index.entries))
     done = _encoded_shards(fs, path, tasks)
     todo = [task for task in tasks if task.name not in done]
     run = _run_on_ray if use_ray else _run_here
@@ -167,6 +155,13 @@ def encode_corpus(
     return report
 
 
+def find_encoded(source_url: str, target_url: str, config: EncodeConfig) -> EncodeReport | None:
+    """Return the report of `encode_corpus` with these arguments if its features are there, else None."""
+    folder = f"{target_url.rstrip('/')}/{corpus_fingerprint(source_url, config)}"
+    fs, path = fsspec.core.url_to_fs(folder)
+    return _read_report(fs, path, folder)
+
+
 def corpus_fingerprint(source_url: str, config: EncodeConfig) -> str:
     """Return a short hash of the encoder, its weights, the sampling of frames and the source's shards.
 
@@ -177,6 +172,23 @@ def corpus_fingerprint(source_url: str, config: EncodeConfig) -> str:
     source = fs.cat_file(index_path).hex() if fs.exists(index_path) else open_index([source_url]).fingerprint
     parts = (FORMAT_VERSION, config.vision.fingerprint(), config.frames, asdict(config.media), source)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tasks(source_url: str, folder: str, config: EncodeConfig, shards: int) -> list[ShardTask]:
+    """Return one task for each shard of the source."""
+    return [
+        ShardTask(
+            shard=number,
+            name=f"shard-{number:06d}.tar",
+            source_url=source_url,
+            folder=folder,
+            vision=config.vision,
+            media=config.media,
+            frames=config.frames,
+            batch=config.batch,
+        )
+        for number in range(shards)
+    ]
 
 
 def _run_here(tasks: Sequence[ShardTask]) -> Iterator[EncodedShard]:

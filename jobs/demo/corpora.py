@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import INDEX_VERSION, ShardWriter
 from jobs.demo import sources
 from jobs.demo.emoji import Concept, add_clips, add_emoji_pairs, load_concepts
 from jobs.demo.fetch import Parts
@@ -139,7 +139,7 @@ def corpora_version(parts: Parts, config: CorporaConfig) -> str:
     checksums = {
         name: part.sha256 for name, part in sorted(parts.found.items()) if name not in sources.MODELS
     }
-    text = json.dumps([BUILDER_VERSION, checksums, asdict(config)], sort_keys=True)
+    text = json.dumps([BUILDER_VERSION, INDEX_VERSION, checksums, asdict(config)], sort_keys=True)
     return f"v{BUILDER_VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -231,6 +231,7 @@ def _read_report(folder: Path) -> Corpora | None:
     """Return the finished corpora in `folder`, or None."""
     try:
         stored = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        datasets = {name: DatasetReport(**entry) for name, entry in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return Corpora(folder=folder, datasets={name: DatasetReport(**entry) for name, entry in stored.items()})
+    return Corpora(folder=folder, datasets=datasets)

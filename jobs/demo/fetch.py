@@ -227,13 +227,12 @@ def _read_part(entry: Source, cache: Path) -> Part | None:
     folder = _part_folder(entry, cache)
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        keep = stamp.pop("keep")
+        part = Part(**stamp, folder=folder)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if stamp.pop("keep", None) != list(entry.keep):
-        return None
-    if entry.sha256 is not None and stamp["sha256"] != entry.sha256:
-        return None
-    return Part(**stamp, folder=folder)
+    outdated = keep != list(entry.keep) or entry.sha256 not in (None, part.sha256)
+    return None if outdated else part
 
 
 def _nothing_message(missing: Mapping[str, str], cache: Path) -> str:

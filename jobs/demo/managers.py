@@ -17,6 +17,12 @@ from jobs.demo.sources import Source
 DOWNLOAD_TIMEOUT_S = 900
 """A download that takes longer is given up."""
 
+NO_CONNECTION = (
+    r"NewConnectionError|ConnectTimeout|ProxyError|Temporary failure resolving|Could not resolve|"
+    r"Network is unreachable|ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT|ENETUNREACH"
+)
+"""How the package managers speak of a network that is not there."""
+
 _APT_LOCK = threading.Lock()
 
 
@@ -107,7 +113,7 @@ def _pip(source: Source, folder: Path) -> None:
 def _npm(source: Source, folder: Path) -> None:
     npm = _tool("npm", "Node.js (its npm command)")
     options = ["--ignore-scripts", "--no-audit", "--no-update-notifier", "--loglevel=error"]
-    retries = ["--fetch-retries=2", "--fetch-timeout=60000"]
+    retries = ["--fetch-retries=2", "--fetch-retry-mintimeout=2000", "--fetch-timeout=60000"]
     _run([npm, "pack", f"{source.name}@{source.version}", *options, *retries], folder)
 
 
@@ -143,6 +149,9 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 def _last_words(text: str) -> str:
     """Return the last telling line of a tool's error output, without addresses, at most 120 characters."""
+    if re.search(NO_CONNECTION, text):
+        # pip, for one, goes on to say that the package does not exist.
+        return "its registry cannot be reached"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(ERROR|E:|npm error|error)", line, re.IGNORECASE)]
     line = (errors or lines or ["it said nothing"])[-1]

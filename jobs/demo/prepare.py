@@ -1,0 +1,93 @@
+"""Fill the demonstration's cache in one call: fetch the parts, write the shards, encode their media.
+
+`python -m jobs.demo.prepare` does it from a shell; what is there already is left as it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+from rich.console import Console
+
+from flamingo_dist.models.vision import VisionConfig
+from jobs.demo.corpora import Corpora, CorporaConfig, build_corpora
+from jobs.demo.fetch import Parts, fetch_parts
+from jobs.encode import EncodeConfig, EncodeReport, encode_corpus
+
+VIDEO_FRAMES = 8
+"""Frames stored of each clip."""
+IMAGE_SIZE = 224
+"""What the encoder was trained at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Everything that a demonstration run reads."""
+
+    parts: Parts
+    """The fetched packages."""
+    corpora: Corpora
+    """The data sets as shards of media."""
+    vision: VisionConfig
+    """The frozen encoder."""
+    features: Mapping[str, EncodeReport]
+    """The data sets as shards of features, by data set name."""
+
+
+def demo_vision(parts: Parts, *, dtype: Literal["float32", "bfloat16"] = "float32") -> VisionConfig:
+    """Return the demonstration's encoder; `FileNotFoundError` where its weights are missing."""
+    weights = str(parts.vision_encoder)
+    return VisionConfig(name="efficientnet-lite0", weights=weights, image_size=IMAGE_SIZE, dtype=dtype)
+
+
+def frames_of(dataset: str) -> int:
+    """Return F, the frames stored of each medium of the data set called `dataset`."""
+    return VIDEO_FRAMES if dataset.startswith("videos") else 1
+
+
+def prepare_demo(
+    *,
+    corpora: CorporaConfig | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    use_ray: bool = True,
+    console: Console | None = None,
+) -> Demo:
+    """Fetch, build and encode whatever the cache lacks.
+
+    Args:
+        corpora: splits of the data sets.
+        dtype: what the encoder computes in.
+        use_ray: encode on all cores by Ray tasks, on the running Ray or on one of its own.
+        console: where progress is shown.
+
+    Returns:
+        The parts, the corpora and the features, old and new.
+
+    Raises:
+        RuntimeError: no data at all could be had.
+        FileNotFoundError: the encoder's weights could not be had; the message says why.
+    """
+    parts = fetch_parts(console=console)
+    vision = demo_vision(parts, dtype=dtype)
+    built = build_corpora(parts, corpora, console=console)
+    # One Ray for all data sets: starting it takes longer than encoding the small ones.
+    ours = use_ray and not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        features = {}
+        for name in built.datasets:
+            config = EncodeConfig(vision=vision, frames=frames_of(name))
+            target = str(parts.cache / "features" / name)
+            features[name] = encode_corpus(built.url(name), target, config, use_ray=use_ray, console=console)
+            if console is not None:
+                console.print(f"{name}: {features[name].line()}", highlight=False)
+    finally:
+        if ours:
+            ray.shutdown()
+    return Demo(parts=parts, corpora=built, vision=vision, features=features)
+
+
+if __name__ == "__main__":
+    prepare_demo(console=Console(stderr=True))
