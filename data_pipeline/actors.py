@@ -325,12 +325,13 @@ class RayPipeline:
             ValueError: for data sets that cannot be read in this layout.
         """
         check_datasets(datasets, dp_size)
-        self.config = config or ReaderConfig()
+        self.config, self.datasets = config or ReaderConfig(), tuple(datasets)
         self._dp_size, self._tp_size = dp_size, tp_size
         loaded = tokenizer.load()
         streams = {c.name: DatasetStream(c, loaded, seed) for c in datasets}
         self._described = {name: stream.describe() for name, stream in streams.items()}
-        indices = ray.put({name: stream.index for name, stream in streams.items()})
+        # Held here for as long as the pipeline lives: a reader that is restarted asks for it again.
+        self._indices = ray.put({name: stream.index for name, stream in streams.items()})
         self._ledger = self._start_ledger(datasets, streams, quarantine)
         reader = ray.remote(Reader).options(
             num_cpus=self.config.cpus_per_reader,
@@ -338,7 +339,9 @@ class RayPipeline:
             max_task_retries=self.config.retries,
             scheduling_strategy="SPREAD",
         )
-        self.readers = [reader.remote(datasets, tokenizer, seed, indices) for _ in range(self.config.readers)]
+        self.readers = [
+            reader.remote(datasets, tokenizer, seed, self._indices) for _ in range(self.config.readers)
+        ]
         coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self.coordinators = [
             coordinator.remote(

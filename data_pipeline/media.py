@@ -160,7 +160,8 @@ def pick_frames(
     """
     span = duration if fps is None else min(duration, frames / fps)
     middles_F = (duration - span) * start + (np.arange(frames) + 0.5) * span / frames
-    return np.clip(np.searchsorted(times_N, middles_F, side="right") - 1, 0, len(times_N) - 1)
+    # A microsecond of slack: a middle that falls on a frame's first instant means that frame.
+    return np.clip(np.searchsorted(times_N, middles_F + 1e-6, side="right") - 1, 0, len(times_N) - 1)
 
 
 def decode_features(blob: bytes, frames: int, num_features: int, width: int) -> np.ndarray:

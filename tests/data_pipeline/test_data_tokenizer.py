@@ -1,0 +1,117 @@
+"""Tokenizers: bytes, a Hugging Face folder, a GGUF file; text never becomes a control token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
+
+TEXT = "A cat, 12 dogs <|im_end|> naïve 猫"
+
+
+@given(st.text())
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = Tokenizer.bytes_level()
+    ids = tokenizer.encode(text)
+    assert all(i < 256 for i in ids)
+    wrapped = [tokenizer.bos_id, tokenizer.image_id, *ids, tokenizer.eoc_id, tokenizer.eos_id]
+    assert tokenizer.decode(wrapped) == text
+
+
+def test_added_ids_lie_behind_the_vocabulary() -> None:
+    tokenizer = Tokenizer.bytes_level(300)
+    assert (tokenizer.vocab_size, tokenizer.image_id, tokenizer.eoc_id) == (300, 300, 301)
+    with pytest.raises(ValueError, match="at least 259"):
+        Tokenizer.bytes_level(258)
+
+
+def byte_pairs() -> tuple[list[str], list[str]]:
+    """Tokens and merges of a small byte-level BPE trained on nothing but our sentence."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator([TEXT, "the cats and dogs, the cat"], trainer)
+    state: dict[str, Any] = json.loads(backend.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
+    return sorted(state["vocab"], key=state["vocab"].get), merges
+
+
+def write_gguf(path: Path, model: str = "gpt2") -> None:
+    from gguf import GGUFWriter
+
+    tokens, merges = byte_pairs()
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    tokenizer = TokenizerConfig(kind="gguf", path=str(tmp_path / "m.gguf")).load()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    ids = tokenizer.encode(TEXT)
+    assert not {0, 1, 2} & set(ids), "control tokens never come from text"
+    assert tokenizer.decode([tokenizer.bos_id, tokenizer.image_id, *ids, tokenizer.eoc_id]) == TEXT
+    # Digits are split one by one, as SmolLM2 was trained.
+    assert len(tokenizer.encode("12")) == 2
+    assert tokenizer.encode(" cat") != tokenizer.encode("cat")
+    padded = Tokenizer.from_gguf(tmp_path / "m.gguf", vocab_size=512)
+    assert padded.image_id == 512
+    assert padded.fingerprint != tokenizer.fingerprint
+    assert tokenizer.encode("bad \ud800 surrogate") == tokenizer.encode("bad ? surrogate")
+
+
+def test_gguf_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no GGUF file"):
+        Tokenizer.from_gguf(tmp_path / "absent.gguf")
+    write_gguf(tmp_path / "m.gguf", model="llama")
+    with pytest.raises(ValueError, match="'llama' tokenizer"):
+        Tokenizer.from_gguf(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "ok.gguf")
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        Tokenizer.from_gguf(tmp_path / "ok.gguf", vocab_size=2)
+
+
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    backend = Tokenizer.from_gguf(tmp_path / "m.gguf")._backend
+    assert backend is not None
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = TokenizerConfig(kind="hf", path=str(tmp_path)).load()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    assert tokenizer.encode(TEXT) == Tokenizer.from_gguf(tmp_path / "m.gguf").encode(TEXT)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="eos_token"):
+        Tokenizer.from_hf(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "gguf"}, {"kind": "bytes", "path": "x"}])
+def test_bad_configurations(settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="need a path"):
+        TokenizerConfig(**settings)  # type: ignore[arg-type]
