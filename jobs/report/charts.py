@@ -57,7 +57,8 @@ class Chart:
 
     def __init__(self, panels: int, *, columns: int = 3, height: float = 2.5, width: float = 9.6) -> None:
         """Lay the panels out; sizes in inches."""
-        columns = min(columns, panels)
+        # At least two, so that a single panel is not stretched over the page; four stand better two by two.
+        columns = 2 if panels in (1, 2, 4) else min(columns, panels)
         rows = -(-panels // columns)
         self.figure = Figure(figsize=(width, height * rows), layout="constrained")
         grid = self.figure.subplots(rows, columns, squeeze=False).flatten()

@@ -65,7 +65,7 @@ def _card(folder: Path, sample: dict[str, Any]) -> str:
     origin = [
         str(sample.get("dataset", "")),
         str(sample.get("key", "")),
-        "" if count is None else f"{count} shots",
+        "" if count is None else f"{count} shot{'' if count == 1 else 's'}",
     ]
     return (
         f"<article>{shown}<dl><dt>true</dt><dd>{escape(str(sample.get('caption', '')))}</dd>"

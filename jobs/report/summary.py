@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jobs.report.read import Run, read_run, write_json
@@ -40,7 +41,7 @@ def summarise(run: Run) -> dict[str, Any]:
     Returns:
         The contents of summary.json.
     """
-    held_out = _latest_by_dataset(run, "data")
+    held_out = _latest(run.probes, "data")
     settled = run.steps[1:]
     return {
         "recipe": run.environment.get("recipe", run.config.get("recipe")),
@@ -51,7 +52,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "last_step": run.steps[-1]["step"] if run.steps else None,
         "skipped_steps": sum(int(step.get("skipped", 0)) for step in run.steps),
         "bad_samples": sum(int(step.get("bad_samples", 0)) for step in run.steps),
-        "final_loss": run.steps[-1]["loss"] if run.steps else None,
+        "final_loss": _latest(run.steps, "loss") or None,
         "final_loss_mean": _final_mean(run),
         "grounding_gap_nats": {
             name: losses["shuffled"] - losses["true"]
@@ -63,7 +64,7 @@ def summarise(run: Run) -> dict[str, Any]:
             name: {kind: losses.get(kind) for kind in PROBE_KINDS} for name, losses in held_out.items()
         }
         or None,
-        "candidates": _latest_by_dataset(run, "candidates") or None,
+        "candidates": _latest(run.probes, "candidates") or None,
         "tokens_per_second": _mean_rate(settled),
         "data_wait_share": _share(settled, "data"),
         "checkpoint_stall_share": _share(settled, "checkpoint"),
@@ -72,22 +73,21 @@ def summarise(run: Run) -> dict[str, Any]:
     }
 
 
-def _latest_by_dataset(run: Run, part: str) -> dict[str, Any]:
-    """Of each data set the last probe that has it; not every probe need hold every data set."""
+def _latest(records: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    """Take of each data set what the last record with it says; not every record need have every one."""
     latest: dict[str, Any] = {}
-    for probe in run.probes:
-        latest.update(probe.get(part) or {})
+    for record in records:
+        latest.update(record.get(part) or {})
     return latest
 
 
 def _final_mean(run: Run) -> dict[str, float] | None:
-    """Mean loss of each data set over the last steps: one step's loss is noisy."""
-    last = run.steps[-SMOOTHING_STEPS:]
-    names = dict.fromkeys(name for step in last for name in step["loss"])
-    means = {}
-    for name in names:
-        values = [step["loss"][name] for step in last if name in step["loss"]]
-        means[name] = sum(values) / len(values)
+    """Mean loss of each data set over its last steps: one step's loss is noisy."""
+    losses: dict[str, list[float]] = {}
+    for step in run.steps:
+        for name, value in step["loss"].items():
+            losses.setdefault(name, []).append(value)
+    means = {name: fmean(values[-SMOOTHING_STEPS:]) for name, values in losses.items()}
     return means or None
 
 

@@ -224,6 +224,18 @@ def test_of_a_repeated_step_the_last_counts(tmp_path: Path) -> None:
     assert (summary["bad_samples"], summary["skipped_steps"]) == (4, 4)
 
 
+def test_data_sets_may_take_turns(tmp_path: Path) -> None:
+    """With round-robin mixing a step has the loss of one data set."""
+    records = [
+        {**step(number, 0.0), "loss": {("pairs", "docs")[number % 2]: float(number)}} for number in range(41)
+    ]
+    write_lines(tmp_path / "metrics.jsonl", records)
+    summary = summary_of(tmp_path)
+    assert summary["final_loss"] == {"pairs": 40.0, "docs": 39.0}
+    assert summary["final_loss_mean"] == {"pairs": 31.0, "docs": 30.0}
+    assert Page(write_report(tmp_path).read_text()).tags.count("svg") == 4
+
+
 def test_first_step_is_left_out_of_times(tmp_path: Path) -> None:
     slow = {"data": 50.0, "step": 100.0}
     records = [step(0, 3.0, seconds=slow, tokens_per_second=1.0)]
