@@ -13,7 +13,7 @@ from rich.console import Console
 from flamingo_dist.models.vision import VisionConfig
 from jobs.demo.corpora import Corpora, CorporaConfig, build_corpora
 from jobs.demo.fetch import Parts, fetch_parts
-from jobs.encode import EncodeConfig, EncodeReport, encode_corpus
+from jobs.encode import EncodeConfig, EncodeReport, encode_corpus, find_encoded
 
 VIDEO_FRAMES = 8
 """Frames stored of each clip."""
@@ -71,22 +71,37 @@ def prepare_demo(
     parts = fetch_parts(console=console)
     vision = demo_vision(parts, dtype=dtype)
     built = build_corpora(parts, corpora, console=console)
+    features = _encode_all(parts, built, vision, use_ray=use_ray, console=console)
+    return Demo(parts=parts, corpora=built, vision=vision, features=features)
+
+
+def _encode_all(
+    parts: Parts, corpora: Corpora, vision: VisionConfig, *, use_ray: bool, console: Console | None
+) -> dict[str, EncodeReport]:
+    """Encode every data set that is not encoded yet; returns the reports of all."""
+    configs = {name: EncodeConfig(vision=vision, frames=frames_of(name)) for name in corpora.datasets}
+    targets = {name: str(parts.cache / "features" / name) for name in corpora.datasets}
+    reports: dict[str, EncodeReport] = {}
+    for name, config in configs.items():
+        found = find_encoded(corpora.url(name), targets[name], config)
+        if found is not None:
+            reports[name] = found
     # One Ray for all data sets: starting it takes longer than encoding the small ones.
-    ours = use_ray and not ray.is_initialized()
+    ours = use_ray and len(reports) < len(configs) and not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
-        features = {}
-        for name in built.datasets:
-            config = EncodeConfig(vision=vision, frames=frames_of(name))
-            target = str(parts.cache / "features" / name)
-            features[name] = encode_corpus(built.url(name), target, config, use_ray=use_ray, console=console)
+        for name, config in configs.items():
+            if name not in reports:
+                reports[name] = encode_corpus(
+                    corpora.url(name), targets[name], config, use_ray=use_ray, console=console
+                )
             if console is not None:
-                console.print(f"{name}: {features[name].line()}", highlight=False)
+                console.print(f"{name}: {reports[name].line()}", highlight=False)
     finally:
         if ours:
             ray.shutdown()
-    return Demo(parts=parts, corpora=built, vision=vision, features=features)
+    return {name: reports[name] for name in configs}
 
 
 if __name__ == "__main__":
