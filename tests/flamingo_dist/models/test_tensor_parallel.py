@@ -107,7 +107,9 @@ def shared_gradient(topology: Any) -> tuple[int, Tensor, Tensor]:
     """x and y get one gradient tensor, not contiguous; only x's may be summed over the group."""
     x, y = (rand(3, 4, seed=s) for s in (1, 2))
     weight = rand(4, 3, seed=3).detach() * (1 + topology.tensor_rank)
-    ((sum_grad_over_tp(x) + y).T * weight).sum().backward()
+    # Made before the sum, so that its backward runs after the sum's and would see what that wrote.
+    doubled = 2 * y
+    ((sum_grad_over_tp(x) + doubled).T * weight).sum().backward()
     return topology.tensor_rank, x.grad, y.grad
 
 
@@ -124,7 +126,7 @@ def test_summing_a_gradient_leaves_what_shares_it_alone(ranks):
     weight = rand(4, 3, seed=3).detach().T
     for rank, dx, dy in ranks.run(shared_gradient, world=2, tensor=2):
         torch.testing.assert_close(dx, 3 * weight)
-        torch.testing.assert_close(dy, (1 + rank) * weight)
+        torch.testing.assert_close(dy, 2 * (1 + rank) * weight)
 
 
 def odd_heads(topology: Any) -> str:
