@@ -33,6 +33,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.tokenizer import TokenizerConfig
 
 _ASKS = 3
+_REMEMBERED = 256  # steps; those read ahead are reported out of order, older ones are repeats after a resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +95,16 @@ class LedgerActor:
         self._ledger = Ledger(datasets, quarantine)
         for name, found in skips.items():
             self._ledger.record(name, 0, found)
-        self._counted: dict[int, int] = {}
+        self._counted: dict[int, set[int]] = {}
         self._furthest = -1
         self._stop_at: int | None = None
 
     def report(self, dp_rank: int, step: int, read: Mapping[str, tuple[int, Sequence[Skip]]]) -> None:
         """Count a step that one rank's readers have made; a step made again is not counted again."""
-        again = step <= self._counted.get(dp_rank, -1)
-        self._counted[dp_rank] = max(step, self._counted.get(dp_rank, -1))
+        counted = self._counted.setdefault(dp_rank, set())
+        newest = max(counted, default=step)
+        again = step in counted or step <= newest - _REMEMBERED
+        self._counted[dp_rank] = {s for s in counted | {step} if s > newest - _REMEMBERED}
         for name, (samples, skips) in read.items():
             self._ledger.record(name, 0 if again else samples, skips)
 
