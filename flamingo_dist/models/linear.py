@@ -189,8 +189,7 @@ def replicated_linear(
     dtype: torch.dtype = torch.float32,
 ) -> nn.Linear:
     """Build a layer [..., in] to [..., out] that every tensor-parallel rank holds and computes whole."""
-    # Empty on purpose, as the parallel layers are: filling is the run's, by name and seed.
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype)
+    layer = _EmptyLinear(in_features, out_features, bias=bias, dtype=dtype)
     tag(layer.weight, std=std)
     if bias:
         tag(layer.bias)
@@ -213,6 +212,16 @@ def sum_grad_over_tp(x: Tensor) -> Tensor:
         return x
     summed: Tensor = _SumGradOverTP.apply(x)
     return summed
+
+
+class _EmptyLinear(nn.Linear):
+    """`nn.Linear` left empty, as the parallel layers are.
+
+    Not `nn.utils.skip_init`: that moves the weight to the CPU whatever the default device is.
+    """
+
+    def reset_parameters(self) -> None:
+        """Do nothing: filling is the run's, by name and seed."""
 
 
 class _SumGradOverTP(torch.autograd.Function):

@@ -192,6 +192,7 @@ def test_runs_without_real_values():
             GatedBlockConfig(width=8192, media_width=1536, heads=64, head_dim=128, ffw_hidden=32768),
             dtype=torch.bfloat16,
         )
+        assert {p.device.type for p in block.parameters()} == {"meta"}
         x = torch.empty(256, 2, 8192, dtype=torch.bfloat16)
         latents = torch.empty(2, 5, 64, 1536, dtype=torch.bfloat16)
         assert block(x, latents, torch.empty(2, 256, dtype=torch.int32)).shape == x.shape

@@ -145,6 +145,7 @@ def test_builds_and_runs_on_the_meta_device_at_paper_size():
     with torch.device("meta"):
         paper = PerceiverResampler(ResamplerConfig(feature_width=3072), dtype=torch.bfloat16)
         assert paper(torch.empty(2, 8, 100, 3072)).shape == (2, 64, 1536)
+    assert {p.device.type for p in paper.parameters()} == {"meta"}
     # Six layers of 12 E^2, latents, temporal embeddings, the projection from 3072 channels and the norms.
     weights = 6 * 12 * 1536**2 + (64 + 8) * 1536 + 3072 * 1536
     assert sum(p.numel() for p in paper.parameters()) == weights + (6 * 3 + 1) * 2 * 1536

@@ -1,0 +1,93 @@
+"""The new modules under ZeRO-3: no parameter is used outside its own module's forward."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock
+from flamingo_dist.models.init import draw
+from flamingo_dist.models.resampler import PerceiverResampler, ResamplerConfig
+from flamingo_dist.parallel.topology import ParallelConfig, Topology
+from flamingo_dist.parallel.zero import (
+    building,
+    deepspeed_config,
+    fill_parameters,
+    init_deepspeed,
+    make_engine,
+)
+
+T, B, M, R = 6, 2, 3, 4
+INDEX = torch.tensor([[0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 2]])
+RESAMPLER = ResamplerConfig(
+    feature_width=10, width=16, depth=2, latents=R, heads=4, head_dim=6, frames=3, qk_norm=True
+)
+BLOCK = GatedBlockConfig(
+    width=20, media_width=16, heads=4, head_dim=6, ffw_hidden=24, gate_init=0.6, qk_norm=True
+)
+
+
+class Both(nn.Module):
+    """Resampler and gated block, as the network joins them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resampler = PerceiverResampler(RESAMPLER)
+        self.block = GatedCrossAttentionBlock(BLOCK)
+
+    def forward(self, x_TBD: Tensor, features: Tensor) -> Tensor:
+        latents = self.resampler(features).unflatten(0, (B, M))
+        return self.block(x_TBD, latents, INDEX).square().sum()
+
+
+def train_once(topology: Topology, stage: int) -> tuple[int, float, list[float], dict[str, Tensor]]:
+    """Loss, gates and the gradient of every parameter: this tensor-parallel rank's part, whole over ZeRO."""
+    from deepspeed.utils import safe_get_full_grad
+
+    init_deepspeed()
+    partitioned = stage == 3
+    parallel = ParallelConfig(
+        tensor=topology.tensor, zero_stage=stage, frozen="partitioned" if partitioned else "resident"
+    )
+    config = deepspeed_config(parallel, topology, dtype=torch.float32, clip_norm=0.0)
+    with building(parallel, config) if partitioned else nullcontext():
+        model = Both()
+
+    def value_of(name: str, param: Any) -> Tensor:
+        return draw(
+            name,
+            param.flamingo_tag,
+            param.shape,
+            seed=0,
+            tp_rank=topology.tensor_rank,
+            tp_size=topology.tensor,
+        )
+
+    fill_parameters(model, value_of)
+    engine = make_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    gen = torch.Generator().manual_seed(1)
+    x, features = torch.randn(T, B, 20, generator=gen), torch.randn(B * M, 2, 5, 10, generator=gen)
+    loss = engine(x, features)
+    engine.backward(loss)
+    gates = [float(gate) for gate in model.block.gates()]
+    grads = {
+        name: safe_get_full_grad(param).clone() if partitioned else param.grad.clone()
+        for name, param in model.named_parameters()
+    }
+    return topology.tensor_rank, loss.item(), gates, grads
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
+def test_zero_3_equals_no_zero(ranks, world, tensor):
+    plain = {r[0]: r for r in ranks.run(train_once, 0, world=tensor, tensor=tensor)}
+    for tensor_rank, loss, gates, grads in ranks.run(train_once, 3, world=world, tensor=tensor):
+        _, want_loss, want_gates, want = plain[tensor_rank]
+        assert loss == pytest.approx(want_loss, rel=1e-6)
+        assert gates == want_gates == pytest.approx([0.537, 0.537], abs=1e-3)
+        assert grads.keys() == want.keys()
+        for name, grad in grads.items():
+            assert want[name].any(), name
+            torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-4)
