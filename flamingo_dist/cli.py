@@ -1,0 +1,68 @@
+"""The command line: `flamingo train`, `flamingo demo`, `flamingo generate`, `flamingo recipes`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage.
+
+    A stop request (SIGTERM, Ctrl-C) that was saved ends with 0.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = _commands()
+    if not given or given[0] in ("-h", "--help"):
+        _usage(commands)
+        return 0 if given else 2
+    if given[0] not in commands:
+        print(f"flamingo: unknown command {given[0]!r}; choose one of {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    try:
+        return commands[given[0]][0](given[1:])
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        from jobs.errors import is_for_users
+
+        if not is_for_users(error):
+            raise
+        print(f"flamingo {given[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
+    # Each command imports its own room: `flamingo --help` should not wait for torch.
+    def train(arguments: list[str]) -> int:
+        from jobs.commands import train
+
+        return train(arguments)
+
+    def demo(arguments: list[str]) -> int:
+        from jobs.commands import demo
+
+        return demo(arguments)
+
+    def generate(arguments: list[str]) -> int:
+        from jobs.commands import generate
+
+        return generate(arguments)
+
+    def recipes(arguments: list[str]) -> int:
+        from jobs.commands import recipes
+
+        return recipes(arguments)
+
+    return {
+        "train": (train, "train a recipe: flamingo train RECIPE [--print-config] [--resume latest] [overrides]"),
+        "demo": (demo, "fetch real data, train on it and write a report"),
+        "generate": (generate, "caption images from a few-shot prompt with a trained run"),
+        "recipes": (recipes, "list the recipes"),
+    }
+
+
+def _usage(commands: dict[str, tuple[Callable[[list[str]], int], str]]) -> None:
+    print("usage: flamingo COMMAND [arguments]; flamingo COMMAND --help says more\n")
+    for name, (_, says) in commands.items():
+        print(f"  {name:10} {says}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

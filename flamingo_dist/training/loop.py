@@ -1,0 +1,189 @@
+"""The training loop: batches in, steps, checkpoints, probes and one metrics record a step out."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from flamingo_dist.parallel.topology import Topology
+from flamingo_dist.training.batch import TrainBatch
+from flamingo_dist.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from flamingo_dist.training.config import TrainConfig
+from flamingo_dist.training.step import StepResult, TrainStep
+
+Record = dict[str, Any]
+
+
+class BatchSource(Protocol):
+    """Where this rank's batches come from; it holds no position."""
+
+    def next(self, step: int) -> Mapping[str, TrainBatch]:
+        """Return the batches of step number `step` by data set."""
+        ...
+
+    def bad_samples(self) -> int:
+        """Return how many bad samples the last batches had on this rank."""
+        ...
+
+    def state(self, step: int) -> Mapping[str, Any]:
+        """Return the position before `step` as plain JSON."""
+        ...
+
+    def check_state(self, saved: Mapping[str, Any]) -> int:
+        """Return the step that `saved` stands before; raise ValueError where this run's data differ."""
+        ...
+
+
+class Observer(Protocol):
+    """What the loop tells, and asks, the world outside. Every rank has one."""
+
+    def record(self, record: Record) -> None:
+        """Take one metrics record; called with equal records on all ranks."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Return whether someone wants the run to save and end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """How a training loop ended."""
+
+    status: Literal["finished", "stopped"]
+    """"stopped": a stop was requested; a checkpoint was saved and the run can be resumed."""
+    steps: int
+    """Optimizer steps done in all, earlier runs included."""
+    resumed_from: int | None
+    """Step that this run resumed at."""
+    skipped: int
+    """Steps of this run that were skipped for a non-finite loss or gradient."""
+
+
+class TrainLoop:
+    """Runs a training loop on one rank; all ranks run it in step."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        source: BatchSource,
+        observer: Observer,
+        *,
+        config: TrainConfig,
+        topology: Topology,
+        checkpoints: Path,
+        run: Mapping[str, Any],
+        gates: Callable[[], Mapping[str, list[Tensor]]],
+        probe: Callable[[], Record] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            step: runs one optimizer step.
+            source: this rank's batches.
+            observer: takes records, may ask for a stop.
+            config: training settings.
+            topology: the run's degrees.
+            checkpoints: folder of the run's checkpoints, shared by all ranks.
+            run: what a resume must find equal, plain JSON.
+            gates: gives tanh of the gates by kind, one tensor per gated block.
+            probe: runs the grounding probe on all ranks together and returns its record.
+        """
+        self.step, self.source, self.observer = step, source, observer
+        self.config, self.topology = config, topology
+        self.checkpoints, self.run_description = checkpoints, run
+        self.gates, self.probe = gates, probe
+
+    def resume(self, wanted: str | None) -> int | None:
+        """Restore the checkpoint that `wanted` names ("auto", "latest", a step or a path).
+
+        Returns:
+            Steps done, or None where the run starts afresh.
+
+        Raises:
+            CheckpointError: see `load_checkpoint`; on all ranks.
+        """
+        path = find_checkpoint(self.checkpoints, wanted) if wanted is not None else None
+        if path is None:
+            return None
+
+        def check_data(saved: Mapping[str, Any]) -> None:
+            self.source.check_state(saved)
+
+        return load_checkpoint(self.step.engine, path, self.run_description, self.topology, check_data)
+
+    def run(self, resume: str | None = None) -> TrainOutcome:
+        """Train to the last step, or until a stop is requested.
+
+        Args:
+            resume: see `resume`; None starts afresh.
+        """
+        resumed = self.resume(resume)
+        done = resumed or 0
+        stopped = False
+        while done < self.config.steps and not stopped:
+            done, stopped = self._iterate(done)
+        if self.probe is not None and not stopped and not self._probe_is_due(done):
+            self.observer.record({"kind": "probe", "step": done, **self.probe()})
+        return TrainOutcome(
+            status="stopped" if stopped else "finished",
+            steps=done,
+            resumed_from=resumed,
+            skipped=self.step.skipped,
+        )
+
+    def _iterate(self, number: int) -> tuple[int, bool]:
+        """Run step `number` with all that belongs to it; return the steps done and whether to stop."""
+        started = time.perf_counter()
+        batches = self.source.next(number)
+        data_seconds = time.perf_counter() - started
+        result = self.step.run(number, batches, stop=self.observer.stop_requested())
+        done = number + 1
+        checkpoint_seconds = 0.0
+        is_last = done == self.config.steps
+        every = self.config.checkpoint_every
+        if is_last or result.stop_requested or (every and done % every == 0):
+            checkpoint_seconds = self._save(done)
+        record = self._record(result, data_seconds, checkpoint_seconds, time.perf_counter() - started)
+        self.observer.record(record)
+        if self.probe is not None and self._probe_is_due(done):
+            self.observer.record({"kind": "probe", "step": done, **self.probe()})
+        return done, result.stop_requested and not is_last
+
+    def _probe_is_due(self, done: int) -> bool:
+        return bool(self.config.probe_every) and done % self.config.probe_every == 0
+
+    def _save(self, done: int) -> float:
+        started = time.perf_counter()
+        description = {"run": self.run_description, "data": self.source.state(done)}
+        save_checkpoint(
+            self.step.engine,
+            self.checkpoints,
+            done,
+            description,
+            self.topology,
+            keep=self.config.keep_checkpoints,
+        )
+        return time.perf_counter() - started
+
+    def _record(self, result: StepResult, data: float, checkpoint: float, total: float) -> Record:
+        """Return the metrics record of a step, see docs/architecture.md."""
+        return {
+            "kind": "step",
+            "step": result.step,
+            "time": time.time(),
+            "loss": dict(result.loss),
+            "tokens": dict(result.loss_tokens),
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "gates": {
+                kind: [float(gate.abs().mean()) for gate in gates] for kind, gates in self.gates().items()
+            },
+            "seconds": {"data": data, **result.seconds, "checkpoint": checkpoint, "step": total},
+            "tokens_per_second": result.tokens / total,
+            "skipped": int(not result.applied),
+            "bad_samples": self.source.bad_samples(),
+        }

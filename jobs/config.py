@@ -1,0 +1,168 @@
+"""The configuration of a whole run: what a recipe returns, what the command line overrides."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.actors import ReaderConfig
+from data_pipeline.config import DatasetConfig
+from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.parallel.topology import ParallelConfig, Topology
+from flamingo_dist.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Everything that a run reads."""
+
+    train: dict[str, DatasetConfig]
+    """Training data sets by name; one backward each, in this order."""
+    held_out: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Held-out data sets of the grounding probe, in mode "eval"."""
+    tokenizer: TokenizerConfig
+    """The language model's tokenizer."""
+    readers: ReaderConfig = ReaderConfig()
+    """Reader actors and read-ahead."""
+    encode_features: bool = False
+    """Encode the media of all data sets once by the frozen vision encoder and stream the features; flips and
+    colour augmentation then have nothing to act on and must be off."""
+    cache: str = ""
+    """Folder of encoded features, any fsspec URL; "" is `features` in the cache folder."""
+
+    def __post_init__(self) -> None:
+        """Check names and modes."""
+        for part, datasets in (("train", self.train), ("held_out", self.held_out)):
+            for name, dataset in datasets.items():
+                mode = "train" if part == "train" else "eval"
+                if dataset.name != name or dataset.mode != mode:
+                    raise ValueError(
+                        f"data.{part}.{name} has name={dataset.name!r} and mode={dataset.mode!r}; "
+                        f"it must have name={name!r} and mode={mode!r}."
+                    )
+                if self.encode_features and (dataset.hflip_p or dataset.colour_jitter):
+                    raise ValueError(
+                        f"data.{part}.{name} augments pixels, but data.encode_features=True encodes them once; "
+                        "set hflip_p and colour_jitter to 0, or encode_features to False."
+                    )
+        if not self.train:
+            raise ValueError("data.train is empty; give at least one data set.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceConfig:
+    """Processes of a run and what each gets."""
+
+    workers: int = 1
+    """Training processes in all, one per GPU where there are GPUs: data parallel x tensor parallel."""
+    cpus_per_worker: float = 1
+    """Logical CPUs that Ray reserves for a training process."""
+    threads_per_worker: int = 1
+    """Threads of torch's CPU operators in a training process."""
+    use_gpu: bool = False
+    """Give each training process one GPU and use NCCL; otherwise gloo on CPUs."""
+    max_failures: int = 0
+    """Times that the training processes are started again from the last checkpoint after one of them died."""
+
+    def __post_init__(self) -> None:
+        """Reject values that start nothing."""
+        if self.workers < 1 or self.threads_per_worker < 1 or self.max_failures < 0:
+            raise ValueError(
+                f"resources.workers={self.workers} and threads_per_worker={self.threads_per_worker} must be at "
+                f"least 1, max_failures={self.max_failures} not negative."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """Captions of held-out media that the run writes at its end, and candidate scoring."""
+
+    dataset: str = ""
+    """Held-out data set to caption; "" writes none."""
+    count: int = 12
+    """Media captioned."""
+    support: str = ""
+    """Held-out data set that the few-shot examples come from; "" takes them from `dataset`'s own end."""
+    shots: int = 2
+    """Few-shot examples in each prompt."""
+    beams: int = 1
+    """Beam width; 1 is greedy (paper: 3)."""
+    max_new_tokens: int = 16
+    """Longest caption."""
+    candidates: int = 0
+    """Names ranked against each other for each held-out medium; 0 leaves the scoring out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    recipe: str
+    """Name of the recipe that this started from."""
+    name: str
+    """Name of the run and of its folder."""
+    runs_dir: str = "runs"
+    """Folder of run folders, on a file system that all nodes share."""
+    model: FlamingoConfig
+    """The network."""
+    train: TrainConfig
+    """How it is trained."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How it is spread over processes."""
+    resources: ResourceConfig = ResourceConfig()
+    """Processes and what each gets."""
+    data: DataConfig
+    """What it reads."""
+    captions: CaptionConfig = CaptionConfig()
+    """Captions and candidate scoring at the end."""
+
+    def __post_init__(self) -> None:
+        """Check what no part can check alone, before any process starts."""
+        topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
+        topology.check_divisible(self.model.tensor_sizes())
+        for name, dataset in {**self.data.train, **self.data.held_out}.items():
+            topology.check_batch(name, dataset.batch_size)
+            self._check_media(name, dataset)
+        for dataset in (self.captions.dataset, self.captions.support):
+            if dataset and dataset not in self.data.held_out:
+                raise ValueError(
+                    f"captions name the data set {dataset!r}; held-out data sets are {list(self.data.held_out)}."
+                )
+
+    def _check_media(self, name: str, dataset: DatasetConfig) -> None:
+        vision = self.model.vision
+        if dataset.media == "features":
+            if (dataset.num_features, dataset.width) != (vision.num_features, vision.width):
+                raise ValueError(
+                    f"data set {name}: features are [{dataset.num_features}, {dataset.width}], the vision encoder "
+                    f"gives [{vision.num_features}, {vision.width}]."
+                )
+        elif dataset.image_size != vision.image_size:
+            raise ValueError(
+                f"data set {name}: image_size={dataset.image_size}, the vision encoder takes {vision.image_size}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the one it goes on with.
+
+        Left out: names and places, and settings that change no number (how often to save, readers, threads).
+        Data sets are compared by the data pipeline itself.
+        """
+        whole = self.to_json()
+        train = whole["train"]
+        for free in ("checkpoint_every", "keep_checkpoints", "probe_every", "probe_batches", "max_bad_steps"):
+            del train[free]
+        del train["steps"]  # a longer run is the same run
+        del whole["model"]["lm"]["weights"], whole["model"]["vision"]["weights"]
+        weights = {name: dataset.weight for name, dataset in self.data.train.items()}
+        return {"model": whole["model"], "train": train, "weights": weights, "parallel": whole["parallel"]}
+
+    def fingerprint(self) -> str:
+        """Return a short hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,24 @@
+"""Which errors are told to a person as one message, and which are ours to fix and keep their traceback."""
+
+from data_pipeline.errors import BadDataError, ResumeError
+from flamingo_dist.training.checkpoint import CheckpointError
+from flamingo_dist.training.step import TrainingDivergedError
+
+USER_ERRORS: tuple[type[Exception], ...] = (
+    CheckpointError,
+    BadDataError,
+    ResumeError,
+    TrainingDivergedError,
+    ValueError,
+    FileNotFoundError,
+)
+"""Errors whose message says what was given, what is allowed and what to do."""
+
+
+class RunFailedError(RuntimeError):
+    """A training process failed; the message says why."""
+
+
+def is_for_users(error: BaseException) -> bool:
+    """Return whether `error`'s message is all that a person needs."""
+    return isinstance(error, (*USER_ERRORS, RunFailedError))

@@ -1,0 +1,129 @@
+"""The paper's three sizes (tables 4 and 5), for GPUs.
+
+First versions: the LM has the paper's width and depth with rotary positions and random weights unless
+`model.lm.weights` names published ones, and the vision encoder is a stand-in until NFNet-F6 is here.
+"""
+
+from data_pipeline.actors import ReaderConfig
+from data_pipeline.config import DatasetConfig
+from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.gated_block import GatedBlockConfig
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.resampler import ResamplerConfig
+from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.parallel.topology import ParallelConfig
+from flamingo_dist.training.config import OptimizerConfig, TrainConfig
+from jobs.config import DataConfig, ResourceConfig, RunConfig
+
+VOCAB = 32_000
+"""SentencePiece vocabulary of Flamingo's and Chinchilla's model cards."""
+WIDTH = 1536
+"""Width of the resampler, the same at every size (table 4)."""
+IMAGE = 320
+"""Pixels (paper: 320, up from 288 in pretraining)."""
+LAMBDAS = {"m3w": 1.0, "align": 0.2, "ltip": 0.2, "vtp": 0.03}
+"""Weights of the data sets' losses (paper, appendix B)."""
+
+
+def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConfig:
+    vision = VisionConfig(name="tiny", image_size=IMAGE, tiny_width=WIDTH)
+    return FlamingoConfig(
+        lm=LMConfig(
+            vocab_size=VOCAB,
+            num_layers=layers,
+            width=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=128,
+            ffn_width=4 * width,
+            activation="gelu",
+        ),
+        vision=vision,
+        resampler=ResamplerConfig(feature_width=vision.width, width=WIDTH, latents=64),
+        gated=GatedBlockConfig(
+            width=width, media_width=WIDTH, heads=heads, head_dim=128, ffw_hidden=4 * width
+        ),
+        cross_every=every,
+    )
+
+
+def _data(batch: int, root: str = "s3://YOUR-BUCKET") -> DataConfig:
+    """The paper's four data sets with the batch sizes of its ablations, scaled to `batch` documents."""
+    image = {"image_size": IMAGE}
+    train = {
+        "m3w": DatasetConfig(
+            name="m3w",
+            kind="interleaved",
+            urls=(f"{root}/m3w",),
+            batch_size=batch,
+            seq_len=256,
+            max_media=5,
+            weight=LAMBDAS["m3w"],
+            **image,
+        ),
+        **{
+            name: DatasetConfig(
+                name=name,
+                kind="pair",
+                urls=(f"{root}/{name}",),
+                batch_size=2 * batch,
+                seq_len=length,
+                weight=LAMBDAS[name],
+                **image,
+            )
+            for name, length in (("align", 32), ("ltip", 64))
+        },
+        "vtp": DatasetConfig(
+            name="vtp",
+            kind="video",
+            urls=(f"{root}/vtp",),
+            batch_size=batch // 4,
+            seq_len=32,
+            frames=8,
+            weight=LAMBDAS["vtp"],
+            **image,
+        ),
+    }
+    return DataConfig(
+        train=train,
+        tokenizer=TokenizerConfig(kind="hf", path=f"{root}/tokenizer", vocab_size=VOCAB),
+        readers=ReaderConfig(readers=64, cpus_per_reader=1, prefetch=4),
+    )
+
+
+def _run(name: str, network: FlamingoConfig, *, workers: int, tensor: int, batch: int) -> RunConfig:
+    return RunConfig(
+        recipe=name,
+        name=name,
+        model=network,
+        train=TrainConfig(steps=500_000, optimizer=OptimizerConfig(), checkpoint_every=500, probe_every=2_000),
+        parallel=ParallelConfig(
+            tensor=tensor, zero_stage=3, frozen="resident", activation_checkpointing=True
+        ),
+        resources=ResourceConfig(
+            workers=workers, cpus_per_worker=4, threads_per_worker=4, use_gpu=True, max_failures=3
+        ),
+        data=_data(batch),
+    )
+
+
+def flamingo_3b() -> RunConfig:
+    """Return Flamingo-3B: LM of 24 blocks of width 2048, a gated block before every one; 8 GPUs."""
+    network = _network(layers=24, width=2048, heads=16, every=1)
+    return _run("flamingo_3b", network, workers=8, tensor=1, batch=256)
+
+
+def flamingo_9b() -> RunConfig:
+    """Return Flamingo-9B: LM of 32 blocks of width 4096, a gated block before every 4th; 32 GPUs.
+
+    32 and not table 4's 40: only 32 blocks give table 5's parameter counts.
+    """
+    network = _network(layers=32, width=4096, heads=32, every=4)
+    return _run("flamingo_9b", network, workers=32, tensor=2, batch=512)
+
+
+def flamingo_80b() -> RunConfig:
+    """Return Flamingo-80B: LM of 80 blocks of width 8192, a gated block before every 7th; 256 GPUs."""
+    network = _network(layers=80, width=8192, heads=64, every=7)
+    return _run("flamingo_80b", network, workers=256, tensor=8, batch=1024)

@@ -1,0 +1,183 @@
+"""What one training process of a run does, from process group to last caption."""
+
+import os
+import random
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+
+from data_pipeline.feed import Feed
+from flamingo_dist.parallel.topology import Topology, init_groups, world_device
+from flamingo_dist.parallel.zero import is_plain
+from flamingo_dist.training.batch import TrainBatch
+from flamingo_dist.training.build import build_engine
+from flamingo_dist.training.loop import Record, TrainLoop, TrainOutcome
+from flamingo_dist.training.step import TrainStep
+from jobs.batches import to_train_batch
+from jobs.config import RunConfig
+from jobs.held_out import HeldOut
+from jobs.metrics import MetricsFile
+from jobs.pictures import PictureBook
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """What the driver hands to every training process."""
+
+    config: RunConfig
+    """The run."""
+    run_dir: str
+    """Run folder, on a file system that all nodes share."""
+    feeds: Mapping[tuple[int, int], Feed]
+    """Feeds by (data-parallel rank, tensor-parallel rank)."""
+    pictures: Mapping[str, tuple[str, ...]]
+    """Shards with the original media of the held-out data sets, by name."""
+    control: Any
+    """Handle of the run's `Control` actor."""
+    resume: str | None
+    """Checkpoint to resume from, see `find_checkpoint`."""
+
+
+class FeedSource:
+    """The training loop's batches, from a feed of the data pipeline."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        """Take batches from `feed` to `device`."""
+        self._feed, self._device, self._bad = feed, device, 0
+
+    def next(self, step: int) -> dict[str, TrainBatch]:
+        """Return the batches of `step`."""
+        batches = self._feed.next(step)
+        self._bad = sum(len(batch.skips) for batch in batches.values())
+        return {name: to_train_batch(batch, self._device) for name, batch in batches.items()}
+
+    def bad_samples(self) -> int:
+        """Return the bad samples of the last batches."""
+        return self._bad
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the position before `step`."""
+        return self._feed.state(step)
+
+    def check_state(self, saved: Mapping[str, Any]) -> int:
+        """Check a saved position."""
+        return self._feed.check_state(saved)
+
+
+class RunObserver:
+    """Writes records on rank 0, shows them through the control actor, and asks it for stop requests.
+
+    The question is asked without waiting: the answer to one step's question is read at the next.
+    """
+
+    def __init__(self, metrics: MetricsFile | None, control: Any, *, is_first: bool) -> None:
+        """Write to `metrics` (None on other ranks than the first) and talk to `control`."""
+        self._metrics, self._control, self._is_first = metrics, control, is_first
+        self._question: Any = None
+
+    def record(self, record: Record) -> None:
+        """Write and show one record."""
+        if self._metrics is not None:
+            self._metrics.append(record)
+        if self._is_first:
+            self._control.show.remote(record)
+
+    def stop_requested(self) -> bool:
+        """Return whether a stop was requested, as far as is known."""
+        if not self._is_first:
+            return False  # the step spreads the first rank's wish
+        answer = False
+        if self._question is None:
+            self._question = self._control.stop_requested.remote()
+        ready, _ = ray.wait([self._question], timeout=0)
+        if ready:
+            answer = bool(ray.get(self._question))
+            self._question = self._control.stop_requested.remote()
+        return answer
+
+
+def prepare_process(config: RunConfig) -> Topology:
+    """Set threads, device, seeds and Megatron's groups of this training process."""
+    torch.set_num_threads(config.resources.threads_per_worker)
+    if config.resources.use_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    topology = Topology(world=dist.get_world_size(), rank=dist.get_rank(), tensor=config.parallel.tensor)
+    init_groups(topology, timeout_seconds=config.parallel.collective_timeout_seconds)
+    seed = config.train.seed + topology.data_rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return topology
+
+
+def train_process(task: WorkerTask) -> TrainOutcome:
+    """Train on this rank of the initialised default process group, then caption held-out media."""
+    config = task.config
+    topology = prepare_process(config)
+    device = world_device()
+    engine = build_engine(config.model, config.train, config.parallel, topology)
+    step = TrainStep(
+        engine,
+        config.train,
+        topology,
+        {name: dataset.weight for name, dataset in config.data.train.items()},
+        plain_optimizer=is_plain(config.parallel, config.train.torch_dtype),
+    )
+    run_dir = Path(task.run_dir)
+    held_out = HeldOut(engine, config, topology, device, PictureBook(task.pictures))
+    is_first = topology.rank == 0
+    loop = TrainLoop(
+        step,
+        FeedSource(task.feeds[topology.data_rank, topology.tensor_rank], device),
+        RunObserver(
+            MetricsFile(run_dir / "metrics.jsonl") if is_first else None, task.control, is_first=is_first
+        ),
+        config=config.train,
+        topology=topology,
+        checkpoints=run_dir / "checkpoints",
+        run=config.identity(),
+        gates=engine.module.gate_values,
+        probe=held_out.probe if config.data.held_out else None,
+    )
+    outcome = loop.run(task.resume)
+    if outcome.status == "finished" and config.captions.dataset:
+        held_out.write_captions(run_dir)
+    return outcome
+
+
+def ray_train_entry(settings: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker; its process group is set up already.
+
+    After a failure Ray Train starts all workers again: they then go on from the last checkpoint.
+    """
+    task: WorkerTask = settings["task"]
+    restarts = ray.get(task.control.begin.remote(dist.get_rank()))
+    resume = task.resume if restarts == 0 else "auto"
+    outcome = train_process(WorkerTask(**{**vars(task), "resume": resume}))
+    if dist.get_rank() == 0:
+        ray.get(task.control.finish.remote(outcome))
+    dist.barrier()
+
+
+def spawned_entry(rank: int, world: int, store: str, task: WorkerTask) -> TrainOutcome:
+    """Entry point of a process started without Ray, for tests: `store` is a file for the rendezvous."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=task.config.parallel.collective_timeout_seconds),
+    )
+    try:
+        return train_process(task)
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
