@@ -63,7 +63,9 @@ class Figures:
         """Take in one "step" object."""
         self.step = int(record["step"]) + 1
         seconds = record.get("seconds", {})
-        self.loss.update({name: self._mean(f"loss.{name}", value) for name, value in record["loss"].items()})
+        self.loss.update(
+            {name: self._mean(f"loss.{name}", _number(value)) for name, value in record["loss"].items()}
+        )
         self.tokens_per_second = self._mean("tokens", record.get("tokens_per_second"))
         whole, data = self._mean("step", seconds.get("step")), self._mean("data", seconds.get("data"))
         self.seconds_per_step = whole
@@ -71,8 +73,8 @@ class Figures:
         self.gates = {kind: mean_magnitude(values) for kind, values in record.get("gates", {}).items()}
         self.grad_norm = _number(record.get("grad_norm"))
         self.lr = _number(record.get("lr"))
-        self.skipped += int(record.get("skipped", 0))
-        self.bad_samples += int(record.get("bad_samples", 0))
+        self.skipped += int(record.get("skipped") or 0)
+        self.bad_samples += int(record.get("bad_samples") or 0)
 
     @property
     def seconds_left(self) -> float:
@@ -207,9 +209,9 @@ def probe_line(record: Mapping[str, Any]) -> str:
     """One line for a "probe" object: the losses of each data set and the ranking of candidates."""
     parts = []
     for name, losses in record.get("data", {}).items():
-        gap = losses["shuffled"] - losses["true"]
+        gap = _number(losses.get("shuffled")) - _number(losses.get("true"))
         shown = " ".join(
-            f"{kind.replace('_', ' ')} {losses[kind]:.3f}"
+            f"{kind.replace('_', ' ')} {_number(losses[kind]):.3f}"
             for kind in ("true", "shuffled", "blank", "gates_off")
             if kind in losses
         )
@@ -246,7 +248,7 @@ def _flatten(values: float | Iterable[Any]) -> Iterable[float]:
 
 
 def _number(value: float | None) -> float:
-    """Read a number that may be missing."""
+    """Read a number; None, which a file has for one that is missing or not finite, as NaN."""
     return math.nan if value is None else float(value)
 
 

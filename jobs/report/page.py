@@ -94,6 +94,7 @@ def _key(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     found += [
         (f"grounding gap, {name} (nats)", f"{value:+.3f}")
         for name, value in (summary["grounding_gap_nats"] or {}).items()
+        if value is not None
     ]
     found += [
         (f"top-1, {name} (chance {ranks['chance_top1']:.1%})", f"{ranks['top1']:.1%}")
@@ -142,14 +143,15 @@ def _candidate_table(summary: dict[str, Any]) -> str:
 
 def _phases(summary: dict[str, Any]) -> str:
     """Where the time of the whole job went."""
-    seconds = summary["seconds"]
+    seconds = dict(summary["seconds"] or {})
     if not seconds:
         return ""
+    # "total" may hold more than the phases: the time between them, such as the start of processes.
+    total = seconds.pop("total", sum(seconds.values()))
     rows = [
-        [phase, duration(value), f"{value / max(sum(seconds.values()), 1e-9):.1%}"]
-        for phase, value in seconds.items()
+        [phase, duration(value), f"{value / max(total, 1e-9):.1%}"]
+        for phase, value in [*seconds.items(), ("total", total)]
     ]
-    rows.append(["all", duration(sum(seconds.values())), ""])
     return f"<section><h2>Phases</h2>{table(['phase', 'time', 'share'], rows)}</section>"
 
 

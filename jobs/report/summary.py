@@ -1,6 +1,5 @@
 """`summary.json`: the figures of a run by which it is judged and compared."""
 
-import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,16 +49,12 @@ def summarise(run: Run) -> dict[str, Any]:
         "machine": run.environment.get("machine"),
         "steps": len(run.steps),
         "last_step": run.steps[-1]["step"] if run.steps else None,
-        "skipped_steps": sum(int(step.get("skipped", 0)) for step in run.steps),
-        "bad_samples": sum(int(step.get("bad_samples", 0)) for step in run.steps),
+        "skipped_steps": sum(int(step.get("skipped") or 0) for step in run.steps),
+        # A step counts its own rank's bad samples, the quarantine file those of all ranks.
+        "bad_samples": len(run.quarantine) or sum(int(step.get("bad_samples") or 0) for step in run.steps),
         "final_loss": _latest(run.steps, "loss") or None,
         "final_loss_mean": _final_mean(run),
-        "grounding_gap_nats": {
-            name: losses["shuffled"] - losses["true"]
-            for name, losses in held_out.items()
-            if "shuffled" in losses and "true" in losses
-        }
-        or None,
+        "grounding_gap_nats": {name: _gap(losses) for name, losses in held_out.items()} or None,
         "held_out_loss": {
             name: {kind: losses.get(kind) for kind in PROBE_KINDS} for name, losses in held_out.items()
         }
@@ -81,12 +76,19 @@ def _latest(records: list[dict[str, Any]], part: str) -> dict[str, Any]:
     return latest
 
 
+def _gap(losses: dict[str, float | None]) -> float | None:
+    """Grounding gap of one data set; None where a loss is missing or was not finite (null in the file)."""
+    shuffled, true = losses.get("shuffled"), losses.get("true")
+    return None if shuffled is None or true is None else shuffled - true
+
+
 def _final_mean(run: Run) -> dict[str, float] | None:
     """Mean loss of each data set over its last steps: one step's loss is noisy."""
     losses: dict[str, list[float]] = {}
     for step in run.steps:
         for name, value in step["loss"].items():
-            losses.setdefault(name, []).append(value)
+            if value is not None:  # null stands for a loss that was not finite
+                losses.setdefault(name, []).append(value)
     means = {name: fmean(values[-SMOOTHING_STEPS:]) for name, values in losses.items()}
     return means or None
 
@@ -96,7 +98,7 @@ def _mean_rate(steps: list[dict[str, Any]]) -> float | None:
     timed = [
         (step["tokens_per_second"], step["seconds"]["step"])
         for step in steps
-        if math.isfinite(step.get("tokens_per_second", math.nan)) and step.get("seconds", {}).get("step")
+        if step.get("tokens_per_second") is not None and step.get("seconds", {}).get("step")
     ]
     seconds = sum(duration for _, duration in timed)
     return sum(rate * duration for rate, duration in timed) / seconds if seconds else None

@@ -99,6 +99,13 @@ def test_a_loss_that_is_not_finite_is_shown_and_forgotten() -> None:
     assert figures.loss["pairs"] == pytest.approx(3.0)
 
 
+def test_null_in_a_file_is_not_a_number() -> None:
+    figures = Figures(10)
+    figures.update(step(0, loss={"pairs": None}, grad_norm=None))
+    assert ("loss", "pairs nan") in figures.cells()
+    assert "gap +nan" in probe_line({"step": 1, "data": {"pairs": {"true": None, "shuffled": 1.0}}})
+
+
 def test_a_resumed_run_counts_its_earlier_steps() -> None:
     figures = Figures(100)
     figures.update(step(79))

@@ -156,7 +156,7 @@ def test_summary(folder: Path) -> None:
     assert summary["checkpoint_stall_share"] == pytest.approx(0.05)
     assert summary["tokens_per_second"] == pytest.approx(500)
     assert summary["seconds"] == {"setup": 3.0, "train": 200.0}
-    assert (summary["skipped_steps"], summary["bad_samples"]) == (0, 0)
+    assert (summary["skipped_steps"], summary["bad_samples"]) == (0, 3)
     assert summary["final_loss"] == read_run(folder).steps[-1]["loss"]
     assert set(summary["versions"]) == {
         "python", "torch", "deepspeed", "megatron-core", "ray", "transformers", "webdataset"
@@ -256,6 +256,26 @@ def test_a_torn_line_and_nan_are_survived(tmp_path: Path) -> None:
     assert (summary["steps"], summary["unreadable_lines"]) == (4, 1)
     assert summary["final_loss"]["pairs"] is None
     assert "1 lines of the run" in Page(write_report(tmp_path).read_text()).text
+
+
+def test_null_stands_for_a_number_that_was_not_finite(tmp_path: Path) -> None:
+    """As the run writes it: JSON has no NaN."""
+    bad = {**step(2, 0.0), "loss": {"pairs": None, "docs": 2.0}, "grad_norm": None, "skipped": 1}
+    lost = probe(3)
+    lost["data"]["pairs"]["true"] = None
+    write_lines(tmp_path / "metrics.jsonl", [step(0, 3.0), step(1, 5.0), bad, lost])
+    summary = summary_of(tmp_path)
+    assert summary["final_loss"] == {"pairs": None, "docs": 2.0}
+    assert summary["final_loss_mean"] == {"pairs": 4.0, "docs": 4.0}
+    assert summary["grounding_gap_nats"]["pairs"] is None
+    assert summary["skipped_steps"] == 1
+    assert Page(write_report(tmp_path).read_text()).tags.count("svg") == 6
+
+
+def test_total_of_the_phases_is_taken_where_it_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "phases.json").write_text(json.dumps({"encode": 30.0, "train": 60.0, "total": 120.0}))
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "train0:01:0050.0%total0:02:00100.0%" in text
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
