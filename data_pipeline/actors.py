@@ -30,7 +30,7 @@ from data_pipeline.errors import BadDataError
 from data_pipeline.feed import check_datasets, check_saved, make_state
 from data_pipeline.index import ShardIndex
 from data_pipeline.ledger import Ledger
-from data_pipeline.tokenizer import TokenizerConfig
+from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
 _ASKS = 3
 _REMEMBERED = 256  # steps; those read ahead are reported out of order, older ones are repeats after a resume
@@ -71,13 +71,12 @@ class Reader:
     def __init__(
         self,
         datasets: Sequence[DatasetConfig],
-        tokenizer: TokenizerConfig,
+        tokenizer: Tokenizer,
         seed: int,
         indices: Mapping[str, ShardIndex],
     ) -> None:
-        """Open the data sets with indices made once, by the driver."""
-        loaded = tokenizer.load()
-        self._streams = {c.name: DatasetStream(c, loaded, seed, index=indices[c.name]) for c in datasets}
+        """Open the data sets with a tokenizer and indices that the driver loaded once."""
+        self._streams = {c.name: DatasetStream(c, tokenizer, seed, index=indices[c.name]) for c in datasets}
 
     def make(self, name: str, step: int, dp_rank: int, dp_size: int) -> tuple[Batch, tuple[Skip, ...]]:
         """Make one batch; the skips come as a second object, so that counting them moves no batch."""
@@ -304,7 +303,7 @@ class RayPipeline:
     def __init__(
         self,
         datasets: Sequence[DatasetConfig],
-        tokenizer: TokenizerConfig,
+        tokenizer: Tokenizer | TokenizerConfig,
         *,
         seed: int,
         dp_size: int,
@@ -316,7 +315,7 @@ class RayPipeline:
 
         Args:
             datasets: the data sets.
-            tokenizer: where readers load the tokenizer from; the path must exist on every node.
+            tokenizer: the language model's tokenizer, or where the driver loads it from.
             seed: seed of the run.
             dp_size: number of data-parallel ranks.
             tp_size: ranks of a tensor-parallel group, which share their batches.
@@ -330,11 +329,11 @@ class RayPipeline:
         check_datasets(datasets, dp_size)
         self.config, self.datasets = config or ReaderConfig(), tuple(datasets)
         self._dp_size, self._tp_size = dp_size, tp_size
-        loaded = tokenizer.load()
+        loaded = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
         streams = {c.name: DatasetStream(c, loaded, seed) for c in datasets}
         self._described = {name: stream.describe() for name, stream in streams.items()}
-        # Held here for as long as the pipeline lives: a reader that is restarted asks for it again.
-        self._indices = ray.put({name: stream.index for name, stream in streams.items()})
+        # Held here for as long as the pipeline lives: a reader that is restarted asks for them again.
+        self._shared = (ray.put(loaded), ray.put({name: stream.index for name, stream in streams.items()}))
         self._ledger = self._start_ledger(datasets, streams, quarantine)
         reader = ray.remote(Reader).options(
             num_cpus=self.config.cpus_per_reader,
@@ -343,7 +342,8 @@ class RayPipeline:
             scheduling_strategy="SPREAD",
         )
         self.readers = [
-            reader.remote(datasets, tokenizer, seed, self._indices) for _ in range(self.config.readers)
+            reader.remote(self.datasets, self._shared[0], seed, self._shared[1])
+            for _ in range(self.config.readers)
         ]
         coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self.coordinators = [

@@ -169,6 +169,15 @@ class Tokenizer:
             )
         return cls(None, vocab_size=vocab_size, bos_id=_BYTES, eos_id=_BYTES + 1, pad_id=_BYTES + 2)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The backend's own pickle forgets this setting, and text could forge control tokens again.
+        if self._backend is not None:
+            self._backend.encode_special_tokens = True
+
     @property
     def fingerprint(self) -> str:
         """Short hash of the vocabulary, the merges and the special ids."""

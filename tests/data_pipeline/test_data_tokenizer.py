@@ -1,6 +1,7 @@
 """Tokenizers: bytes, a Hugging Face folder, a GGUF file; text never becomes a control token."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ def test_gguf(tmp_path: Path) -> None:
     # Digits are split one by one, as SmolLM2 was trained.
     assert len(tokenizer.encode("12")) == 2
     assert tokenizer.encode(" cat") != tokenizer.encode("cat")
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert sent.encode(TEXT) == ids, "text forges nothing after a journey between processes either"
+    assert sent.fingerprint == tokenizer.fingerprint
     padded = Tokenizer.from_gguf(tmp_path / "m.gguf", vocab_size=512)
     assert padded.image_id == 512
     assert padded.fingerprint != tokenizer.fingerprint
