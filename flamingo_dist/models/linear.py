@@ -191,7 +191,7 @@ def replicated_linear(
     """Build a layer [..., in] to [..., out] that every tensor-parallel rank holds and computes whole."""
     layer = _EmptyLinear(in_features, out_features, bias=bias, dtype=dtype)
     tag(layer.weight, std=std)
-    if bias:
+    if isinstance(layer.bias, nn.Parameter):
         tag(layer.bias)
     return layer
 
