@@ -220,6 +220,8 @@ class _EmptyLinear(nn.Linear):
     Not `nn.utils.skip_init`: that moves the weight to the CPU whatever the default device is.
     """
 
+    weight: nn.Parameter
+
     def reset_parameters(self) -> None:
         """Do nothing: filling is the run's, by name and seed."""
 
