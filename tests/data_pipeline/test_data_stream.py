@@ -1,5 +1,6 @@
 """Streams and feeds: the batch contract, purity, layouts, evaluation, resume."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,6 @@ def test_every_sample_once_an_epoch_and_layouts_agree(pairs: Make) -> None:
 
 
 def test_threads_change_nothing(three_kinds: tuple[DatasetConfig, ...]) -> None:
-    import dataclasses
-
     for config in three_kinds:
         one = DatasetStream(config, TOK, 1)
         many = DatasetStream(dataclasses.replace(config, threads=3), TOK, 1)
@@ -135,6 +134,13 @@ def test_evaluation_is_fixed_and_plain(pairs: Make) -> None:
     for seed in (1, 2):
         assert same(DatasetStream(pairs(mode="eval"), TOK, seed).batch(2), stream.batch(2))
     assert not any(TOK.decode(row.tolist()).startswith(" ") for row in stream.batch(1).tokens_BT)
+
+
+def test_evaluation_of_documents_begins_at_the_beginning(three_kinds: tuple[DatasetConfig, ...]) -> None:
+    config = dataclasses.replace(three_kinds[1], mode="eval", p_next=1.0)
+    batch = DatasetStream(config, TOK, 0).batch(0)
+    assert (batch.tokens_BT[:, 0] == TOK.bos_id).all()
+    assert (batch.media_index_BT[:, 0] == 0).all(), "the lead text sees nothing: phi points back"
 
 
 def test_features_of_all_kinds(tmp_path: Path) -> None:

@@ -60,6 +60,13 @@ def test_epochs_seeds_and_names_differ() -> None:
     assert all(base != other for other in (listing(1, "a", 0), listing(0, "b", 0), listing(0, "a", 1)))
 
 
+def test_every_epoch_permutes_the_shards() -> None:
+    # Windows of one shard of one sample leave nothing but the order of the shards.
+    order = SampleOrder(np.ones(20, np.int64), seed=0, name="d", shuffle_shards=1)
+    epochs = {tuple(order.locate(20 * epoch + i).shard for i in range(20)) for epoch in range(4)}
+    assert len(epochs) == 4
+
+
 def test_large_corpora_cost_arithmetic_only() -> None:
     order = SampleOrder(np.full(180_000, 10_000), seed=3, name="align", shuffle_shards=8)
     assert order.num_samples == 1_800_000_000
