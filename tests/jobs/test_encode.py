@@ -253,7 +253,13 @@ def small_ray() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="fe", dir="/tmp")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 << 20,
+        _temp_dir=folder,
+    )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
