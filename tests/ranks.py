@@ -49,21 +49,21 @@ class RankPool:
                 waiting = [p for i, p in enumerate(self._pipes[:world]) if i not in results]
                 ready = wait(waiting, timeout=timeout)
                 if not ready:
-                    failed = f"ranks {[i for i in range(world) if i not in results]} gave nothing for {timeout} s"
+                    failed = f"{world - len(results)} of {world} ranks gave nothing for {timeout} s"
                 for pipe in ready:
-                    rank = self._pipes.index(pipe)
+                    number = self._pipes.index(pipe)
                     try:
-                        ok, value = pipe.recv()
+                        rank, ok, value = pipe.recv()
                     except EOFError:
-                        ok, value = False, "the process died"
+                        rank, ok, value = -1, False, "the process died"
                     if ok:
-                        results[rank] = value
+                        results[number] = (rank, value)
                     else:
                         failed = f"rank {rank}: {value}"
             if failed is not None:
                 self.close()
                 raise RankFailure(failed)
-        return [results[rank] for rank in range(world)]
+        return [value for _, value in sorted(results.values(), key=lambda pair: pair[0])]
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
@@ -95,19 +95,19 @@ def _serve(pipe: Connection) -> None:
             task = pipe.recv()
         except EOFError:
             return
+        rank = _rank_of(task[-1], task[-3])
         try:
-            pipe.send((True, _run(task, pipe)))
+            pipe.send((rank, True, _run(task, rank)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((rank, False, traceback.format_exc()))
 
 
-def _run(task: tuple[Any, ...], pipe: Connection) -> Any:
+def _run(task: tuple[Any, ...], rank: int) -> Any:
     import torch.distributed as dist
 
     from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
 
     module, name, args, world, tensor, store = task
-    rank = _rank_of(store, world)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)

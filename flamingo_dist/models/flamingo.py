@@ -7,7 +7,7 @@ R latents, E resampler width, D LM width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,8 @@ class FlamingoConfig:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlamingoOutput:
-    """What a forward returns."""
+class FlamingoOutput(NamedTuple):
+    """What a forward returns; a named tuple, whose tensors ZeRO-3's hooks find."""
 
     logits_BTV: Tensor | None
     """[B, T, vocab_size + 2], where no targets were given."""

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and a resume that restores everything or refuses.
 
-DeepSpeed writes the tensors (trainable weights, optimizer state); beside them stand the RNG states of every rank
-and a manifest: step, layout, fingerprints, data positions, and size and SHA-256 of every file. A checkpoint is
+DeepSpeed writes the tensors (trainable weights, optimizer state); beside them stand the trainable weights once more
+as one safetensors file for any layout, the RNG states of every rank, and a manifest: step, layout, fingerprints, data positions, and size and SHA-256 of every file. A checkpoint is
 written in a hidden folder and renamed when complete.
 """
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from flamingo_dist.parallel.topology import Topology
+from flamingo_dist.training.weights_only import export_trainable
 
 MANIFEST = "manifest.json"
 _TAG = "deepspeed"
@@ -84,6 +85,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    export_trainable(engine, partial, topology)
     torch.save(_rng_state(), partial / f"rng-{topology.rank:05d}.pt")
     dist.barrier()
     files = _describe_files(partial, topology)
