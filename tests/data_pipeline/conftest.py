@@ -36,6 +36,7 @@ def ray_cluster() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
     ray.init(
+        address="local",  # never another cluster that runs on this machine
         num_cpus=2,
         include_dashboard=False,
         _temp_dir=folder,

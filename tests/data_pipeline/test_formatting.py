@@ -151,6 +151,7 @@ def test_window_in_the_middle_sees_nothing_before_its_first_image() -> None:
         sample = format_document(items, TOK, seq_len=20, max_media=2, rng=np.random.default_rng(seed))
         tags = np.flatnonzero(sample.tokens_T == IMG)
         assert len(tags) == 1
+        assert tags[0] < 19, "text follows the image"
         assert (sample.media_index_T[: tags[0]] == 0).all()
         assert (sample.media_index_T[tags[0] :] == 1).all()
         own = ord("b") if sample.media == ("0.png",) else ord("c")
