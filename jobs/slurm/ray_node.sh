@@ -40,11 +40,30 @@ else
     arguments=(--address="$address" "${arguments[@]}")
 fi
 
-"$python" -m ray.scripts.scripts start "${arguments[@]}" &
+# What `ray start` says is worth reading only when it fails; on a hundred nodes it would bury the training log.
+mkdir -p "$temp"
+"$python" -m ray.scripts.scripts start "${arguments[@]}" >"$temp/start.log" 2>&1 &
 ray=$!
+descendants() {
+    local child
+    for child in $(ps -o pid= --ppid "$1"); do
+        echo "$child"
+        descendants "$child"
+    done
+}
+
 stopping=
 trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM INT
-while kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
+while [ -z "$stopping" ] && kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
+if [ -n "$stopping" ]; then
+    # `ray start` that is caught by TERM while still starting may wait for a head that is gone.
+    for _ in $(seq 30); do
+        kill -0 "$ray" 2>/dev/null || break
+        sleep 0.5
+    done
+    # shellcheck disable=SC2046
+    kill -KILL $(descendants $$) 2>/dev/null
+fi
 wait "$ray"
 code=$?
 
@@ -52,5 +71,6 @@ if [ -n "$stopping" ]; then
     rm -rf "$temp"
     exit 0
 fi
+tail -n 20 "$temp/start.log" >&2
 echo "ray_node.sh: error: Ray ended on node $name with exit code $code; its logs are in $temp/session_latest/logs there" >&2
 exit $((code == 0 ? 1 : code))

@@ -9,8 +9,8 @@ from tests.integration.slurm_cluster import SlurmCluster, missing_requirement
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
-    """Two idle SLURM nodes. Skips where SLURM cannot run; under CI that is a failure."""
+def slurm_daemons() -> Iterator[SlurmCluster]:
+    """A running SLURM of two nodes. Skips where SLURM cannot run; under CI that is a failure."""
     missing = missing_requirement()
     if missing and os.environ.get("CI"):
         pytest.fail(missing)
@@ -20,3 +20,10 @@ def slurm() -> Iterator[SlurmCluster]:
     cluster.start()
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def slurm(slurm_daemons: SlurmCluster) -> Iterator[SlurmCluster]:
+    """Two idle SLURM nodes; whatever a test leaves on them is cancelled."""
+    yield slurm_daemons
+    slurm_daemons.cancel_all()

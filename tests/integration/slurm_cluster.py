@@ -88,12 +88,8 @@ class SlurmCluster:
     def stop(self) -> None:
         """Cancel what still runs, then end the daemons, last started first, and remove their folder."""
         if any("slurmctld" in str(process.args) for process in self._processes):
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                jobs = self.run("squeue", "-h", "-o", "%A", timeout=10).split()
-                if jobs:
-                    self.run("scancel", "--signal=KILL", "--full", *jobs, timeout=10, check=False)
-                    self.run("scancel", *jobs, timeout=10, check=False)
-                    self._wait_until_idle(seconds=20)
+            with contextlib.suppress(OSError, subprocess.SubprocessError, RuntimeError):
+                self.cancel_all()
         for process in reversed(self._processes):
             process.terminate()
             try:
@@ -106,6 +102,14 @@ class SlurmCluster:
                 os.kill(straggler, signal.SIGKILL)
         self._processes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cancel_all(self) -> None:
+        """Cancel every job and wait until all nodes are idle."""
+        jobs = self.run("squeue", "-h", "-o", "%A", timeout=10).split()
+        if jobs:
+            self.run("scancel", "--signal=KILL", "--full", *jobs, timeout=10, check=False)
+            self.run("scancel", *jobs, timeout=10, check=False)
+        self._wait_until_idle()
 
     def run(self, *command: str, timeout: float = 60, check: bool = True) -> str:
         """Run a SLURM command against this cluster and return its standard output."""

@@ -1,14 +1,16 @@
 """The SLURM job on a real two-node SLURM."""
 
+import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.slurm_cluster import JobResult, SlurmCluster, interrupt
+from tests.integration.ray_nodes import below, raylets, wait_for_trainers
+from tests.integration.slurm_cluster import JobResult, SlurmCluster, free_ports, interrupt
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -23,13 +25,17 @@ SETTINGS = {
 STAND_IN = {"FLAMINGO_COMMAND": f"{sys.executable} {ROOT / 'tests/integration/stand_in_driver.py'}"}
 
 
-def run_job(
-    slurm: SlurmCluster, folder: Path, *arguments: str, seconds: float = 240, **settings: str
-) -> JobResult:
-    """Run train.sbatch over both nodes and wait for its end."""
+def submit(slurm: SlurmCluster, folder: Path, *arguments: str, **settings: str) -> tuple[int, Path]:
+    """Submit train.sbatch over both nodes; return the job and its output file."""
     output = folder / "job.log"
-    job = slurm.submit("-N2", JOB, *arguments, output=output, cwd=ROOT, **{**SETTINGS, **settings})
-    return slurm.wait(job, output, seconds)
+    own = {"FLAMINGO_RAY_PORT": str(free_ports(1)[0]), "FLAMINGO_RAY_TMP": str(slurm.folder)}
+    job = slurm.submit("-N2", JOB, *arguments, output=output, cwd=ROOT, **{**SETTINGS, **own, **settings})
+    return job, output
+
+
+def run_job(slurm: SlurmCluster, folder: Path, *arguments: str, **settings: str) -> JobResult:
+    """Run train.sbatch over both nodes and wait for its end."""
+    return slurm.wait(*submit(slurm, folder, *arguments, **settings))
 
 
 def wait_for_file(path: Path, seconds: float, output: Path) -> None:
@@ -41,10 +47,9 @@ def wait_for_file(path: Path, seconds: float, output: Path) -> None:
         time.sleep(0.2)
 
 
-def ray_processes(job: int) -> list[str]:
-    """Return the command lines of processes that belong to a job's Ray nodes."""
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in lines.splitlines() if f"/ray-{job}-" in line]
+def ray_leavings(slurm: SlurmCluster) -> list[tuple[int, str]]:
+    """Return what is still there of the Ray nodes of any job."""
+    return [entry for entry in below(slurm.folder) if "/ray-" in entry[1]]
 
 
 def test_both_nodes_run_a_job(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -61,20 +66,18 @@ def test_ray_spans_both_nodes_and_leaves_nothing_behind(slurm: SlurmCluster, tmp
     assert (result.state, result.exit_code) == ("COMPLETED", "0:0"), result.output
     assert "2 nodes, 6 CPUs" in result.output, result.output
     assert "tasks ran on n1 n2" in result.output, result.output
-    assert not ray_processes(result.job_id)
-    assert not list(Path("/tmp").glob(f"ray-{result.job_id}-*"))
+    assert not ray_leavings(slurm)
+    assert not list(slurm.folder.glob("ray-*"))
 
 
 def test_exit_code_of_the_driver_is_the_job_s(slurm: SlurmCluster, tmp_path: Path) -> None:
     result = run_job(slurm, tmp_path, "fail", **STAND_IN)
     assert (result.state, result.exit_code) == ("FAILED", "3:0"), result.output
-    assert not ray_processes(result.job_id)
+    assert not ray_leavings(slurm)
 
 
 def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    output = tmp_path / "job.log"
-    settings = {**SETTINGS, **STAND_IN}
-    job = slurm.submit("-N2", JOB, "until-saved", str(tmp_path), output=output, cwd=ROOT, **settings)
+    job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
     wait_for_file(tmp_path / "working", 120, output)
     interrupt(slurm, job, signal.SIGUSR1)
     result = slurm.wait(job, output)
@@ -84,9 +87,60 @@ def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Pa
     assert "resumed from n1 and n2" in result.output, result.output
 
 
+def test_asked_to_end_it_saves_and_does_not_requeue(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
+    wait_for_file(tmp_path / "working", 120, output)
+    interrupt(slurm, job, signal.SIGTERM)
+    result = slurm.wait(job, output)
+    assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 0), result.output
+    assert (tmp_path / "state").exists()
+    assert not (tmp_path / "finished").exists()
+
+
+def test_a_lost_node_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
+    wait_for_file(tmp_path / "working", 120, output)
+    (raylet,) = raylets(slurm.folder / f"ray-{job}-1")
+    os.kill(raylet, signal.SIGKILL)
+    result = slurm.wait(job, output)
+    assert result.state == "FAILED", result.output
+    assert "Ray ended on node n2" in result.output, result.output
+    assert "a Ray node has ended; ending the driver" in result.output, result.output
+    assert not ray_leavings(slurm)
+
+
 def test_missing_environment_is_one_clear_error(slurm: SlurmCluster, tmp_path: Path) -> None:
     result = run_job(slurm, tmp_path, "smoke", FLAMINGO_VENV=str(tmp_path / "nothing"))
     assert result.state == "FAILED"
     assert f"{tmp_path / 'nothing'}/bin/python not found. Run make install" in result.output, result.output
     assert "preflight failed, nothing was started" in result.output
     assert "starting Ray" not in result.output
+
+
+def smoke_arguments(folder: Path, name: str, steps: int) -> list[str]:
+    return ["smoke", "--runs-dir", str(folder / "runs"), "--name", name, "--train.steps", str(steps)]
+
+
+@pytest.mark.timeout(1200)
+def test_train_smoke_across_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "wide", 3))
+    counts = wait_for_trainers([slurm.folder / f"ray-{job}-{node}" for node in (0, 1)], 500, expected=4)
+    result = slurm.wait(job, output, 600)
+    assert (result.state, result.exit_code) == ("COMPLETED", "0:0"), result.output
+    assert sum(counts) == 4, (counts, result.output)
+    assert all(counts), f"training processes on each node: {counts}"
+    assert json.loads((tmp_path / "runs/wide/summary.json").read_text())["steps"] == 3
+    assert not ray_leavings(slurm)
+
+
+@pytest.mark.timeout(1200)
+def test_train_smoke_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
+    metrics = tmp_path / "runs/long/metrics.jsonl"
+    job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "long", 8))
+    wait_for_file(metrics, 500, output)
+    interrupt(slurm, job, signal.SIGUSR1)
+    result = slurm.wait(job, output, 600)
+    assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 1), result.output
+    assert "stopped at step" in result.output, result.output
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(8))

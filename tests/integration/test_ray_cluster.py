@@ -1,0 +1,92 @@
+"""The smoke recipe on a Ray cluster that somebody else started: two Ray nodes on one machine."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.ray_nodes import below, wait_for_trainers
+from tests.integration.slurm_cluster import free_ports
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@contextlib.contextmanager
+def ray_node(folder: Path, *arguments: str, environment: dict[str, str]) -> Iterator[None]:
+    """Run one Ray node with three logical CPUs in the foreground of a process of its own."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+    command += [f"--temp-dir={folder}", "--num-cpus=3", "--object-store-memory=150000000"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+    with open(folder / "start.log", "wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for pid, _ in below(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, list[Path], dict[str, str]]]:
+    """A Ray cluster of two nodes: address, the nodes' temporary folders, environment to join it."""
+    base = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: unix sockets lie below it
+    folders = [base / "1", base / "2"]
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    host, port = address.split(":")
+    head = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
+    wait = [sys.executable, "jobs/slurm/wait_for_nodes.py", address]
+    with ray_node(folders[0], *head, environment=environment):
+        subprocess.run([*wait, "1", "180"], cwd=ROOT, env=environment, check=True)
+        with ray_node(
+            folders[1], f"--address={address}", f"--node-ip-address={host}", environment=environment
+        ):
+            subprocess.run([*wait, "2", "180"], cwd=ROOT, env=environment, check=True)
+            yield address, folders, environment
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def test_train_smoke_on_a_running_cluster(
+    cluster: tuple[str, list[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    address, folders, environment = cluster
+    command = [str(BIN / "flamingo"), "train", "smoke", "--ray-address", address]
+    command += ["--runs-dir", str(tmp_path / "runs"), "--name", "joined", "--train.steps", "3"]
+    output = tmp_path / "out.log"
+    with open(output, "wb") as log:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        counts = wait_for_trainers(folders, 300, expected=4)
+        code = driver.wait(600)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert code == 0, output.read_text()
+    assert sum(counts) == 4, (counts, output.read_text())
+    assert all(counts), f"training processes on each node: {counts}"
+    summary = json.loads((tmp_path / "runs/joined/summary.json").read_text())
+    assert summary["steps"] == 3
