@@ -38,6 +38,10 @@ def suffixed(x_BTD: Tensor) -> Tensor:
     return x_BTD
 
 
+def with_a_function(make: Callable[[int], Tensor]) -> None:
+    """Owes no shape."""
+
+
 def outer(x: Tensor) -> None:
     """Take x of any shape."""
 '''
