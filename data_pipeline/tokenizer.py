@@ -26,6 +26,9 @@ class TokenizerConfig:
     """GGUF file or folder; empty for "bytes"."""
     vocab_size: int | None = None
     """Vocabulary of the language model, often larger than the tokenizer's; None takes the tokenizer's."""
+    bos_id: int | None = None
+    """Id that starts a sequence, where the tokenizer's own choice does not fit: a chat model's is the start of
+    a turn, which plain captions are not. None takes the tokenizer's."""
 
     def __post_init__(self) -> None:
         if (self.kind == "bytes") != (not self.path):
@@ -37,10 +40,14 @@ class TokenizerConfig:
     def load(self) -> Tokenizer:
         """Load the tokenizer."""
         if self.kind == "gguf":
-            return Tokenizer.from_gguf(self.path, vocab_size=self.vocab_size)
-        if self.kind == "hf":
-            return Tokenizer.from_hf(self.path, vocab_size=self.vocab_size)
-        return Tokenizer.bytes_level(self.vocab_size or _BYTES + 3)
+            loaded = Tokenizer.from_gguf(self.path, vocab_size=self.vocab_size)
+        elif self.kind == "hf":
+            loaded = Tokenizer.from_hf(self.path, vocab_size=self.vocab_size)
+        else:
+            loaded = Tokenizer.bytes_level(self.vocab_size or _BYTES + 3)
+        if self.bos_id is not None:
+            loaded.bos_id = self.bos_id
+        return loaded
 
 
 class Tokenizer:

@@ -35,6 +35,10 @@ class LMConfig:
     weights: str | None = None
     """A `.gguf` file or a folder of Hugging Face safetensors; None draws random frozen weights."""
 
+    extra_like: tuple[int | None, int | None] = (None, None)
+    """Ids whose published rows `<image>` and `<EOC>` start from; None starts near the mean of all rows. A token
+    that ends a line is a good start for `<EOC>`: the LM already knows where one comes."""
+
     def __post_init__(self) -> None:
         """Reject shapes that no layout could run."""
         if self.num_heads % self.num_kv_heads:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flamingo_dist.models.gated_block import MediaKV
 from flamingo_dist.models.linear import ColumnLinear, RowLinear
 from flamingo_dist.models.lm_config import LMConfig
+from kernels.sdpa import attention
 
 
 class KeyValueCache:
@@ -91,9 +92,7 @@ class CausalAttention(nn.Module):
             k, v = self.cache.extend(self.layer_number, k, v)
             total, new = k.shape[2], q.shape[2]
             mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = attention(q, k, v, mask=mask, is_causal=mask is None)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
-from flamingo_dist.models.weights import check_names, lm_shard, open_weights
+from flamingo_dist.models.weights import WeightSource, check_names, lm_shard, open_weights
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from flamingo_dist.parallel.zero import (
     building,
@@ -47,13 +47,15 @@ def parameter_values(
     return value_of
 
 
-def _extra_rows(source: Any, config: FlamingoConfig, param: nn.Parameter, name: str, seed: int) -> Tensor:
-    """Start the rows of `<image>` and `<EOC>` near the mean of the published ones, apart by a little noise."""
+def _extra_rows(
+    source: WeightSource, config: FlamingoConfig, param: nn.Parameter, name: str, seed: int
+) -> Tensor:
+    """Start the rows of `<image>` and `<EOC>` from published ones, apart by a little noise."""
     stored = "lm_head.weight" if "head" in name and not config.lm.tied else "model.embed_tokens.weight"
     rows = source.read(stored).float()
-    spread = float(rows.std(dim=0).mean())
-    noise = draw(name, ParamTag(std=0.1 * spread), param.shape, seed=seed, tp_rank=0, tp_size=1)
-    return rows.mean(dim=0) + noise
+    start = torch.stack([rows.mean(dim=0) if like is None else rows[like] for like in config.lm.extra_like])
+    noise = ParamTag(std=0.1 * float(rows.std(dim=0).mean()))
+    return start + draw(name, noise, param.shape, seed=seed, tp_rank=0, tp_size=1)
 
 
 def build_model(

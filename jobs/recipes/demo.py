@@ -1,5 +1,7 @@
 """The demonstration: real images, a real frozen LM and encoder, two CPU cores, a quarter of an hour."""
 
+from dataclasses import replace
+
 from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
@@ -14,12 +16,15 @@ from jobs.config import CaptionConfig, DataConfig, ResourceConfig, RunConfig
 from jobs.demo.corpora import Corpora, build_corpora
 from jobs.demo.fetch import find_parts
 
+END_OF_TEXT, NEWLINE = 0, 198
+"""Ids in SmolLM2's vocabulary. `<|endoftext|>` stood before every document of its pretraining, so it starts ours;
+a line end is what `<EOC>` starts from. Together they lower the first loss of captions from 10.8 to 6.7 nats."""
 FRAMES = 8
 """Frames of a clip (paper: 8)."""
 _SHAPES = {
-    "pairs": {"kind": "pair", "batch_size": 32, "weight": 1.0, "seq_len": 32},
+    "pairs": {"kind": "pair", "batch_size": 32, "weight": 1.0, "seq_len": 20},
     "documents": {"kind": "interleaved", "batch_size": 4, "weight": 0.2, "seq_len": 128, "max_media": 3},
-    "videos": {"kind": "video", "batch_size": 4, "weight": 0.2, "seq_len": 32, "frames": FRAMES},
+    "videos": {"kind": "video", "batch_size": 4, "weight": 0.2, "seq_len": 20, "frames": FRAMES},
 }
 """By training data set. The captions of pairs are what the run shows, so they weigh most here."""
 _HELD_OUT = {
@@ -43,7 +48,8 @@ def demo() -> RunConfig:
     except FileNotFoundError as error:
         raise ValueError(f"{error}; run `flamingo demo`, which fetches the parts of the demonstration.") from error
     corpora = build_corpora(parts)
-    lm = read_lm_config(language_model)
+    tokenizer = TokenizerConfig(kind="gguf", path=language_model, bos_id=END_OF_TEXT)
+    lm = replace(read_lm_config(language_model), extra_like=(None, NEWLINE))
     vision = VisionConfig(name="efficientnet-lite0", weights=encoder, image_size=224)
     held_out = _data_sets(corpora, _HELD_OUT, mode="eval")
     return RunConfig(
@@ -81,7 +87,7 @@ def demo() -> RunConfig:
         data=DataConfig(
             train=_data_sets(corpora, {name: name for name in _SHAPES}, mode="train"),
             held_out=held_out,
-            tokenizer=TokenizerConfig(kind="gguf", path=language_model, vocab_size=lm.vocab_size),
+            tokenizer=replace(tokenizer, vocab_size=lm.vocab_size),
             readers=ReaderConfig(readers=2, cpus_per_reader=0.25, prefetch=3),
             encode_features=True,
         ),

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from kernels.sdpa import attention
 
 GROUPED_ROWS_LIMIT = 0.6
 """Group the rows by medium while the longest group has at most this share of the text rows.
@@ -162,7 +163,7 @@ def _grouped(
     slot_A = group_A * longest + torch.arange(seeing) - (counts.cumsum(0) - counts)[group_A]
     q_flat = q_BTHK.reshape(batch * rows, heads, width)[row_A]
     q_slots = q_BTHK.new_zeros(batch * media * longest, heads, width).index_copy(0, slot_A, q_flat)
-    out_slots = F.scaled_dot_product_attention(
+    out_slots = attention(
         q_slots.view(batch * media, longest, heads, width).transpose(1, 2),
         k_BMRHK.flatten(0, 1).transpose(1, 2),
         v_BMRHK.flatten(0, 1).transpose(1, 2),
@@ -185,10 +186,10 @@ def _dense(
         # What a fully masked row gives, forward and backward, differs between backends (zeros, the mean of
         # all values, NaN). So there is none: a row that sees nothing attends to everything and is replaced.
         mask = (visible_BTM | ~seen_BT1).repeat_interleave(latents, dim=-1).unsqueeze(1)
-    out_BHTK = F.scaled_dot_product_attention(
+    out_BHTK = attention(
         q_BTHK.transpose(1, 2),
         k_BMRHK.flatten(1, 2).transpose(1, 2),
         v_BMRHK.flatten(1, 2).transpose(1, 2),
-        attn_mask=mask,
+        mask=mask,
     )
     return torch.where(seen_BT1.unsqueeze(-1), out_BHTK.transpose(1, 2), 0.0)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.sdpa import attention
+
 
 def perceiver_attn(
     q_NRHK: Tensor,
@@ -34,11 +36,11 @@ def perceiver_attn(
     mask = None
     if feature_mask_NJ is not None:
         mask = F.pad(feature_mask_NJ, (0, k_lat_NRHK.shape[1]), value=True)[:, None, None, :]
-    out_NHRK = F.scaled_dot_product_attention(
+    out_NHRK = attention(
         q_NRHK.transpose(1, 2),
         torch.cat((k_feat_NJHK, k_lat_NRHK), dim=1).transpose(1, 2),
         torch.cat((v_feat_NJHK, v_lat_NRHK), dim=1).transpose(1, 2),
-        attn_mask=mask,
+        mask=mask,
     )
     return out_NHRK.transpose(1, 2)
 

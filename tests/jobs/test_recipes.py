@@ -1,0 +1,151 @@
+"""Recipes: golden dumps, the large ones on the meta device, and what is refused before any process starts."""
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.config import DatasetConfig
+from flamingo_dist.models.flamingo import Flamingo
+from flamingo_dist.parallel.topology import single_process
+from jobs.config import RunConfig
+from jobs.recipes import RECIPES
+from jobs.recipes.smoke import smoke
+from jobs.run_file import load_run_config
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMED = ["smoke", "flamingo_3b", "flamingo_9b", "flamingo_80b"]
+"""The demo is left out: its configuration names what could be fetched."""
+
+
+@pytest.fixture(autouse=True)
+def fixed_cache(monkeypatch):
+    monkeypatch.setenv("FLAMINGO_CACHE", "/cache")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recipe_equals_its_golden_dump(name):
+    """A changed recipe shows in review: write the new dump with `python -m tests.jobs.write_golden`."""
+    dumped = json.dumps(RECIPES[name].config().to_json(), indent=1) + "\n"
+    assert dumped == (GOLDEN / f"{name}.json").read_text()
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_configuration_survives_the_run_folder(name, tmp_path):
+    config = RECIPES[name].config()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert load_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        # Table 5: gated blocks 1.2B, 1.6B, 10B; LM 1.4B, 7.1B, 70B. Keys and values read 1536-wide latents here,
+        # and the LM has rotary positions, where the paper's 13 D^2 a block hold a relative-position matrix.
+        ("flamingo_3b", {"gated": (1.1, 1.25), "lm": (1.2, 1.45)}),
+        ("flamingo_9b", {"gated": (1.4, 1.65), "lm": (6.4, 7.2)}),
+        ("flamingo_80b", {"gated": (8.3, 10.0), "lm": (64, 71)}),
+    ],
+)
+def test_large_recipes_build_on_the_meta_device(name, billions):
+    config = RECIPES[name].config()
+    with single_process(), torch.device("meta"):
+        model = Flamingo(config.model, dtype=torch.bfloat16)
+    counts: Counter[str] = Counter()
+    for full_name, param in model.named_parameters():
+        assert param.device.type == "meta"
+        counts[full_name.split(".")[0]] += param.numel()
+    for part, (low, high) in billions.items():
+        assert low <= counts[part] / 1e9 <= high, (part, counts[part])
+    assert 0.16e9 <= counts["resampler"] <= 0.2e9
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(n.startswith("lm.") and ".extra" not in n for n in frozen)
+
+
+def change(config: RunConfig, **data: object) -> RunConfig:
+    pairs = replace(config.data.train["pairs"], **data)
+    return replace(config, data=replace(config.data, train={**config.data.train, "pairs": pairs}))
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused_before_any_process():
+    config = smoke()
+    with pytest.raises(ValueError, match=r"tensor=4 does not divide lm.num_kv_heads=2"):
+        replace(config, parallel=replace(config.parallel, tensor=4))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"data.pairs.batch_size=7 .* multiple of the 2 data-parallel ranks"):
+        change(smoke(), batch_size=7)
+
+
+def test_an_image_size_that_is_not_the_encoders_is_refused():
+    with pytest.raises(ValueError, match="image_size=64, the vision encoder takes 32"):
+        change(smoke(), image_size=64)
+
+
+def test_augmentation_of_encoded_features_is_refused():
+    config = change(smoke(), hflip_p=0.5)
+    with pytest.raises(ValueError, match="data.train.pairs augments pixels, but data.encode_features=True"):
+        replace(config, data=replace(config.data, encode_features=True))
+
+
+def test_captions_of_an_unknown_data_set_are_refused():
+    config = smoke()
+    with pytest.raises(ValueError, match=r"the data set 'nope'; held-out data sets are \['held_out'\]"):
+        replace(config, captions=replace(config.captions, dataset="nope"))
+
+
+def test_held_out_data_sets_are_in_eval_mode():
+    config = smoke()
+    train_mode: DatasetConfig = replace(config.data.held_out["held_out"], mode="train")
+    with pytest.raises(ValueError, match="mode='train'; it must have name='held_out' and mode='eval'"):
+        replace(config.data, held_out={"held_out": train_mode})
+
+
+def test_identity_ignores_what_changes_no_number():
+    config = smoke()
+    same = replace(
+        config,
+        name="other",
+        train=replace(config.train, steps=99, checkpoint_every=3, keep_checkpoints=9),
+        resources=replace(config.resources, max_failures=0),
+    )
+    assert same.fingerprint() == config.fingerprint()
+    for part, value in [
+        ("train", replace(config.train, seed=1)),
+        ("train", replace(config.train, optimizer=replace(config.train.optimizer, lr=1.0))),
+        ("parallel", replace(config.parallel, activation_checkpointing=False)),
+        ("model", replace(config.model, cross_every=1)),
+    ]:
+        assert replace(config, **{part: value}).fingerprint() != config.fingerprint()
+
+
+def test_every_setting_is_documented():
+    """A docstring stands under every field of every configuration class that a recipe holds."""
+    import ast
+    import inspect
+
+    seen: set[type] = set()
+
+    def visit(value: object) -> None:
+        if dataclasses.is_dataclass(value) and type(value) not in seen:
+            kind = type(value)
+            seen.add(kind)
+            body = ast.parse(inspect.cleandoc(inspect.getsource(kind))).body[0].body
+            for node, following in zip(body, [*body[1:], None], strict=True):
+                if isinstance(node, ast.AnnAssign):
+                    is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert is_text, f"{kind.__name__}.{node.target.id} has no docstring"
+            for field in dataclasses.fields(value):
+                visit(getattr(value, field.name))
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+
+    visit(smoke())
+    assert len(seen) > 10
