@@ -40,10 +40,6 @@ else
     arguments=(--address="$address" "${arguments[@]}")
 fi
 
-# What `ray start` says is worth reading only when it fails; on a hundred nodes it would bury the training log.
-mkdir -p "$temp"
-"$python" -m ray.scripts.scripts start "${arguments[@]}" >"$temp/start.log" 2>&1 &
-ray=$!
 descendants() {
     local child
     for child in $(ps -o pid= --ppid "$1"); do
@@ -52,25 +48,40 @@ descendants() {
     done
 }
 
-stopping=
-trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM INT
-while [ -z "$stopping" ] && kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
-if [ -n "$stopping" ]; then
-    # `ray start` that is caught by TERM while still starting may wait for a head that is gone.
-    for _ in $(seq 30); do
-        kill -0 "$ray" 2>/dev/null || break
-        sleep 0.5
-    done
+end_descendants() {
     # shellcheck disable=SC2046
     kill -KILL $(descendants $$) 2>/dev/null
-fi
-wait "$ray"
-code=$?
+}
 
-if [ -n "$stopping" ]; then
-    rm -rf "$temp"
-    exit 0
-fi
+mkdir -p "$temp"
+stopping=
+trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM INT
+
+# Ray gives its own parts half a minute to start, which a cold network file system or a busy machine may exceed; the
+# next attempt finds the files in memory.
+for attempt in 1 2 3; do
+    # What `ray start` says is worth reading only when it fails; on a hundred nodes it would bury the training log.
+    "$python" -m ray.scripts.scripts start "${arguments[@]}" >"$temp/start.log" 2>&1 &
+    ray=$!
+    while [ -z "$stopping" ] && kill -0 "$ray" 2>/dev/null; do wait "$ray"; done
+    if [ -n "$stopping" ]; then
+        # `ray start` that is caught by TERM while still starting may wait for a head that is gone.
+        for _ in $(seq 30); do
+            kill -0 "$ray" 2>/dev/null || break
+            sleep 0.5
+        done
+        end_descendants
+        rm -rf "$temp"
+        exit 0
+    fi
+    wait "$ray"
+    code=$?
+    end_descendants
+    if grep -q "Ray runtime started" "$temp/start.log"; then break; fi
+    echo "ray_node.sh: Ray did not start on node $name (attempt $attempt of 3)" >&2
+    sleep 2
+done
+
 tail -n 20 "$temp/start.log" >&2
 echo "ray_node.sh: error: Ray ended on node $name with exit code $code; its logs are in $temp/session_latest/logs there" >&2
 exit $((code == 0 ? 1 : code))

@@ -1,59 +1,49 @@
 """Waits until a Ray cluster has the expected number of living nodes, and prints what they offer.
 
+Asks the head's table of nodes without joining as a driver: a driver dies with a node that fails to start and
+is started again.
+
 Usage: ``python wait_for_nodes.py HOST:PORT NODES SECONDS``
 """
 
 import socket
 import sys
 import time
+from typing import Any
 
-import ray
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.exceptions import RpcError
 
 
-def wait_for_head(address: str, deadline: float) -> bool:
-    """Wait until something listens at the address of the Ray head; say whether it does."""
+def living_nodes(address: str) -> list[Any]:
+    """Return the head's records of the nodes that are alive; none while the head does not answer."""
     host, port = address.rsplit(":", 1)
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, int(port)), timeout=2).close()
-            return True
-        except OSError:
-            time.sleep(0.5)
-    return False
-
-
-def wait_for_nodes(address: str, expected: int, seconds: float) -> str | None:
-    """Wait for the nodes; return what is wrong, or None when all have joined."""
-    deadline = time.monotonic() + seconds
-    if not wait_for_head(address, deadline):
-        return f"no Ray head at {address} within {seconds:.0f} s"
-    # The head listens a moment before its own node can be connected to.
-    while True:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            break
-        except (ConnectionError, RuntimeError) as error:
-            if time.monotonic() > deadline:
-                return f"the Ray head at {address} takes no driver within {seconds:.0f} s: {error}"
-            time.sleep(1)
     try:
-        while True:
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            if len(nodes) >= expected:
-                break
-            if time.monotonic() > deadline:
-                present = ", ".join(node["NodeManagerHostname"] for node in nodes)
-                return f"{len(nodes)} of {expected} nodes joined within {seconds:.0f} s: {present}"
-            time.sleep(1)
-        total = ray.cluster_resources()
-        print(
-            f"Ray cluster is complete: {len(nodes)} nodes, {total.get('CPU', 0):.0f} CPUs, "
-            f"{total.get('GPU', 0):.0f} GPUs",
-            flush=True,
-        )
-        return None
-    finally:
-        ray.shutdown()
+        # The client itself would wait a minute for a head that is not there yet.
+        socket.create_connection((host, int(port)), timeout=2).close()
+        nodes = GcsClient(address=address).get_all_node_info(timeout=10).values()
+    except (OSError, RpcError):
+        return []
+    return [node for node in nodes if node.state == GcsNodeInfo.GcsNodeState.ALIVE]
+
+
+def wait_for_nodes(address: str, expected: int, seconds: float) -> str:
+    """Wait for the nodes and return a line on what they offer.
+
+    Raises:
+        TimeoutError: fewer joined in time; the message names those that did.
+    """
+    deadline = time.monotonic() + seconds
+    while len(nodes := living_nodes(address)) < expected:
+        if time.monotonic() > deadline:
+            present = ", ".join(node.node_manager_hostname for node in nodes) or "none"
+            raise TimeoutError(
+                f"{len(nodes)} of {expected} Ray nodes joined {address} within {seconds:.0f} s: {present}"
+            )
+        time.sleep(1)
+    cpus, gpus = (sum(node.resources_total.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    return f"Ray cluster is complete: {len(nodes)} nodes, {cpus:.0f} CPUs, {gpus:.0f} GPUs"
 
 
 def main() -> int:
@@ -61,10 +51,12 @@ def main() -> int:
     if len(sys.argv) != 4:
         print(__doc__, file=sys.stderr)
         return 2
-    problem = wait_for_nodes(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
-    if problem:
-        print(f"wait_for_nodes: error: {problem}", file=sys.stderr)
-    return 1 if problem else 0
+    try:
+        print(wait_for_nodes(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])), flush=True)
+    except TimeoutError as error:
+        print(f"wait_for_nodes: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -29,11 +30,16 @@ def trainers(folder: Path) -> int:
     return sum(ppid in parents and "ray::RayTrainWorker" in line for _, ppid, line in processes())
 
 
-def wait_for_trainers(folders: list[Path], seconds: float, expected: int) -> list[int]:
-    """Wait until the nodes together run the expected number of training processes; return each one's."""
+def wait_for_trainers(
+    folders: list[Path], seconds: float, *, expected: int, running: Callable[[], bool]
+) -> list[int]:
+    """Wait until the nodes together run the expected number of training processes; return each one's.
+
+    Gives up when the run is no longer `running`.
+    """
     deadline = time.monotonic() + seconds
     counts = [0] * len(folders)
-    while sum(counts) < expected and time.monotonic() < deadline:
+    while sum(counts) < expected and time.monotonic() < deadline and running():
         counts = [trainers(folder) for folder in folders]
         time.sleep(0.3)
     return counts

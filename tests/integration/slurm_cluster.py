@@ -7,6 +7,7 @@ nothing of a SLURM that the machine may run otherwise is touched.
 
 import contextlib
 import os
+import random
 import re
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel", "squeue")
+UNFINISHED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 
 # Debian installs the daemons to /usr/sbin, which not every user has on PATH.
@@ -43,6 +45,15 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def lasting_port() -> int:
+    """Return a free port below those that the system hands out, so that it is still free later on."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as candidate:
+            candidate.bind(("0.0.0.0", random.randrange(15000, 30000)))
+            port: int = candidate.getsockname()[1]
+            return port
 
 
 @dataclass(frozen=True)
@@ -140,21 +151,23 @@ class SlurmCluster:
         text = self.run("scontrol", "--oneliner", "show", "job", str(job_id))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
+    def unfinished(self, job_id: int) -> bool:
+        """Return whether a job waits, runs or is being ended."""
+        return self.job(job_id)["JobState"] in UNFINISHED
+
     def wait(self, job_id: int, output: Path, seconds: float = 240) -> JobResult:
         """Wait for a job to end and return how it did; on overtime, cancel it and fail with its output."""
         deadline = time.monotonic() + seconds
-        unfinished = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED")
-        while True:
-            job = self.job(job_id)
-            if job["JobState"] not in unfinished:
-                break
+        while self.unfinished(job_id):
             if time.monotonic() > deadline:
+                job = self.job(job_id)
                 self.run("scancel", str(job_id), check=False)
                 raise TimeoutError(
                     f"job {job_id} is {job['JobState']} ({job['Reason']}) after {seconds:.0f} s; output:\n"
                     f"{self._read(output)}\n{self.logs()}"
                 )
             time.sleep(0.5)
+        job = self.job(job_id)
         return JobResult(job_id, job["JobState"], job["ExitCode"], int(job["Restarts"]), self._read(output))
 
     def logs(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.ray_nodes import below, wait_for_trainers
-from tests.integration.slurm_cluster import free_ports
+from tests.integration.slurm_cluster import lasting_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -50,7 +50,7 @@ def cluster() -> Iterator[tuple[str, list[Path], dict[str, str]]]:
     """A Ray cluster of two nodes: address, the nodes' temporary folders, environment to join it."""
     base = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: unix sockets lie below it
     folders = [base / "1", base / "2"]
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = f"127.0.0.1:{lasting_port()}"
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -80,7 +80,7 @@ def test_train_smoke_on_a_running_cluster(
     with open(output, "wb") as log:
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        counts = wait_for_trainers(folders, 300, expected=4)
+        counts = wait_for_trainers(folders, 300, expected=4, running=lambda: driver.poll() is None)
         code = driver.wait(600)
     finally:
         driver.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.ray_nodes import below, raylets, wait_for_trainers
-from tests.integration.slurm_cluster import JobResult, SlurmCluster, free_ports, interrupt
+from tests.integration.slurm_cluster import JobResult, SlurmCluster, interrupt, lasting_port
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -20,7 +20,7 @@ JOB = "jobs/slurm/train.sbatch"
 SETTINGS = {
     "FLAMINGO_VENV": sys.prefix,
     "FLAMINGO_RAY_ARGS": "--object-store-memory=150000000",
-    "FLAMINGO_START_TIMEOUT": "120",
+    "FLAMINGO_START_TIMEOUT": "300",
 }
 STAND_IN = {"FLAMINGO_COMMAND": f"{sys.executable} {ROOT / 'tests/integration/stand_in_driver.py'}"}
 
@@ -28,7 +28,7 @@ STAND_IN = {"FLAMINGO_COMMAND": f"{sys.executable} {ROOT / 'tests/integration/st
 def submit(slurm: SlurmCluster, folder: Path, *arguments: str, **settings: str) -> tuple[int, Path]:
     """Submit train.sbatch over both nodes; return the job and its output file."""
     output = folder / "job.log"
-    own = {"FLAMINGO_RAY_PORT": str(free_ports(1)[0]), "FLAMINGO_RAY_TMP": str(slurm.folder)}
+    own = {"FLAMINGO_RAY_PORT": str(lasting_port()), "FLAMINGO_RAY_TMP": str(slurm.folder)}
     job = slurm.submit("-N2", JOB, *arguments, output=output, cwd=ROOT, **{**SETTINGS, **own, **settings})
     return job, output
 
@@ -38,13 +38,14 @@ def run_job(slurm: SlurmCluster, folder: Path, *arguments: str, **settings: str)
     return slurm.wait(*submit(slurm, folder, *arguments, **settings))
 
 
-def wait_for_file(path: Path, seconds: float, output: Path) -> None:
-    """Wait until a job has made a file."""
+def wait_for_file(path: Path, seconds: float, slurm: SlurmCluster, job: int, output: Path) -> None:
+    """Wait until a running job has made a file."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         log = output.read_text() if output.exists() else "no output yet"
+        assert slurm.unfinished(job), f"the job ended before {path} was there: {log}"
         assert time.monotonic() < deadline, f"{path} is not there after {seconds} s: {log}"
-        time.sleep(0.2)
+        time.sleep(0.3)
 
 
 def ray_leavings(slurm: SlurmCluster) -> list[tuple[int, str]]:
@@ -78,7 +79,7 @@ def test_exit_code_of_the_driver_is_the_job_s(slurm: SlurmCluster, tmp_path: Pat
 
 def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
     job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
-    wait_for_file(tmp_path / "working", 120, output)
+    wait_for_file(tmp_path / "working", 120, slurm, job, output)
     interrupt(slurm, job, signal.SIGUSR1)
     result = slurm.wait(job, output)
     assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 1), result.output
@@ -89,7 +90,7 @@ def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Pa
 
 def test_asked_to_end_it_saves_and_does_not_requeue(slurm: SlurmCluster, tmp_path: Path) -> None:
     job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
-    wait_for_file(tmp_path / "working", 120, output)
+    wait_for_file(tmp_path / "working", 120, slurm, job, output)
     interrupt(slurm, job, signal.SIGTERM)
     result = slurm.wait(job, output)
     assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 0), result.output
@@ -99,7 +100,7 @@ def test_asked_to_end_it_saves_and_does_not_requeue(slurm: SlurmCluster, tmp_pat
 
 def test_a_lost_node_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
     job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
-    wait_for_file(tmp_path / "working", 120, output)
+    wait_for_file(tmp_path / "working", 120, slurm, job, output)
     (raylet,) = raylets(slurm.folder / f"ray-{job}-1")
     os.kill(raylet, signal.SIGKILL)
     result = slurm.wait(job, output)
@@ -124,7 +125,8 @@ def smoke_arguments(folder: Path, name: str, steps: int) -> list[str]:
 @pytest.mark.timeout(1200)
 def test_train_smoke_across_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "wide", 3))
-    counts = wait_for_trainers([slurm.folder / f"ray-{job}-{node}" for node in (0, 1)], 500, expected=4)
+    folders = [slurm.folder / f"ray-{job}-{node}" for node in (0, 1)]
+    counts = wait_for_trainers(folders, 500, expected=4, running=lambda: slurm.unfinished(job))
     result = slurm.wait(job, output, 600)
     assert (result.state, result.exit_code) == ("COMPLETED", "0:0"), result.output
     assert sum(counts) == 4, (counts, result.output)
@@ -137,7 +139,7 @@ def test_train_smoke_across_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> No
 def test_train_smoke_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
     metrics = tmp_path / "runs/long/metrics.jsonl"
     job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "long", 8))
-    wait_for_file(metrics, 500, output)
+    wait_for_file(metrics, 500, slurm, job, output)
     interrupt(slurm, job, signal.SIGUSR1)
     result = slurm.wait(job, output, 600)
     assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 1), result.output
