@@ -31,15 +31,15 @@ class Skip:
 class Batch:
     """One data set, one data-parallel rank, one step. T, M and F are constants of the data set."""
 
-    tokens_BT: np.ndarray  # noqa: N815
+    tokens_BT: np.ndarray
     """int64 [B, T]; `<image>` is vocab_size, `<EOC>` is vocab_size + 1; right-padded."""
-    loss_mask_BT: np.ndarray  # noqa: N815
+    loss_mask_BT: np.ndarray
     """bool [B, T]; True where token l is a target that carries loss."""
-    media_index_BT: np.ndarray  # noqa: N815
+    media_index_BT: np.ndarray
     """int32 [B, T]; phi of the paper: 0 sees nothing, m in 1..M sees medium m only."""
     media: np.ndarray
     """uint8 [B, M, F, 3, H, W] pixels, or float16 [B, M, F, S, C] features; padding slots are zeros."""
-    media_mask_BM: np.ndarray  # noqa: N815
+    media_mask_BM: np.ndarray
     """bool [B, M]; which slots hold a real medium."""
     keys: tuple[str, ...]
     """B sample keys, "" for a slot emptied by a bad sample."""

@@ -23,11 +23,11 @@ from data_pipeline.tokenizer import Tokenizer
 class TokenizedSample:
     """One sample as tokens, before padding; t is at most the data set's T."""
 
-    tokens_T: np.ndarray  # noqa: N815
+    tokens_T: np.ndarray
     """int64 [t]."""
-    loss_mask_T: np.ndarray  # noqa: N815
+    loss_mask_T: np.ndarray
     """bool [t]; True where the token is a target that carries loss."""
-    media_index_T: np.ndarray  # noqa: N815
+    media_index_T: np.ndarray
     """int32 [t]; 0 sees nothing, m sees the m-th of `media`."""
     media: tuple[str, ...]
     """Members of the sample that fill media slots 1, 2, ... in this order."""

@@ -15,7 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _usage(commands)
         return 0 if given else 2
     if given[0] not in commands:
-        print(f"flamingo: unknown command {given[0]!r}; choose one of {', '.join(commands)}.", file=sys.stderr)
+        print(
+            f"flamingo: unknown command {given[0]!r}; choose one of {', '.join(commands)}.", file=sys.stderr
+        )
         return 2
     try:
         return commands[given[0]][0](given[1:])
@@ -51,7 +53,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         return recipes(arguments)
 
     return {
-        "train": (train, "train a recipe: flamingo train RECIPE [--print-config] [--resume latest] [overrides]"),
+        "train": (
+            train,
+            "train a recipe: flamingo train RECIPE [--print-config] [--resume latest] [overrides]",
+        ),
         "demo": (demo, "fetch real data, train on it and write a report"),
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
         "recipes": (recipes, "list the recipes"),

@@ -33,7 +33,9 @@ class TrainArguments:
 
 def _recipe(arguments: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"name a recipe: flamingo {command} RECIPE [options]; recipes are {', '.join(RECIPES)}.")
+        raise ValueError(
+            f"name a recipe: flamingo {command} RECIPE [options]; recipes are {', '.join(RECIPES)}."
+        )
     name = arguments[0].replace("-", "_")
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
@@ -71,7 +73,9 @@ def _run(given: TrainArguments) -> int:
     outcome = run(given.run, launch)
     folder = Path(given.run.runs_dir) / given.run.name
     if outcome.status == "stopped":
-        print(f"stopped at step {outcome.steps}; resume with --resume latest. Run folder: {folder}", flush=True)
+        print(
+            f"stopped at step {outcome.steps}; resume with --resume latest. Run folder: {folder}", flush=True
+        )
     else:
         print(f"finished {outcome.steps} steps. Report: {folder / 'report.html'}", flush=True)
     return 0

@@ -24,7 +24,7 @@ class DataConfig:
     """Held-out data sets of the grounding probe, in mode "eval"."""
     tokenizer: TokenizerConfig
     """The language model's tokenizer."""
-    readers: ReaderConfig = ReaderConfig()
+    readers: ReaderConfig = field(default_factory=ReaderConfig)
     """Reader actors and read-ahead."""
     encode_features: bool = False
     """Encode the media of all data sets once by the frozen vision encoder and stream the features; flips and
@@ -109,7 +109,7 @@ class RunConfig:
     """The network."""
     train: TrainConfig
     """How it is trained."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How it is spread over processes."""
     resources: ResourceConfig = ResourceConfig()
     """Processes and what each gets."""
@@ -125,10 +125,10 @@ class RunConfig:
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
             self._check_media(name, dataset)
-        for dataset in (self.captions.dataset, self.captions.support):
-            if dataset and dataset not in self.data.held_out:
+        for wanted in (self.captions.dataset, self.captions.support):
+            if wanted and wanted not in self.data.held_out:
                 raise ValueError(
-                    f"captions name the data set {dataset!r}; held-out data sets are {list(self.data.held_out)}."
+                    f"captions name the data set {wanted!r}; held-out data sets are {list(self.data.held_out)}."
                 )
 
     def _check_media(self, name: str, dataset: DatasetConfig) -> None:

@@ -76,6 +76,8 @@ def ray_cluster(config: RunConfig, launch: LaunchConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs its workers at nice 15; any other process on the machine would then stall training.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     common: dict[str, Any] = {
         "log_to_driver": launch.verbose,
         "logging_level": logging.INFO if launch.verbose else logging.WARNING,
@@ -90,7 +92,9 @@ def ray_cluster(config: RunConfig, launch: LaunchConfig) -> Iterator[None]:
         return
     resources, readers = config.resources, config.data.readers
     cpus = (
-        resources.workers * resources.cpus_per_worker + readers.readers * readers.cpus_per_reader + OVERHEAD_CPUS
+        resources.workers * resources.cpus_per_worker
+        + readers.readers * readers.cpus_per_reader
+        + OVERHEAD_CPUS
     )
     with tempfile.TemporaryDirectory(prefix="fl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
@@ -240,7 +244,9 @@ def _fit(trainer: TorchTrainer, control: Any, config: RunConfig) -> TrainOutcome
         raise_user_error(failure[0])
     outcome: TrainOutcome | None = ray.get(control.outcome.remote())
     if outcome is None:
-        raise RunFailedError("the training processes ended without an outcome; run with --verbose for their logs.")
+        raise RunFailedError(
+            "the training processes ended without an outcome; run with --verbose for their logs."
+        )
     return outcome
 
 

@@ -120,9 +120,5 @@ def _frames(file: str, config: MediaConfig) -> torch.Tensor:
     blob = path.read_bytes()
     extension = path.suffix.lstrip(".").lower()
     moving = extension in ("mp4", "webm", "mkv", "mov", "avi")
-    pixels: Any = (
-        decode_video(blob, extension, 1, config) if moving else decode_image(blob, config)[None]
-    )
+    pixels: Any = decode_video(blob, extension, 1, config) if moving else decode_image(blob, config)[None]
     return torch.from_numpy(pixels.copy())
-
-

@@ -95,7 +95,9 @@ class HeldOut:
         shots = self._captioned(wanted.support or wanted.dataset, wanted.shots, from_end=not wanted.support)
         # Every rank captions as many, so that all stay in step; what is beyond `count` is dropped.
         each = -(-wanted.count // self.topology.data)
-        queries = self._captioned(wanted.dataset, each * self.topology.data)[self.topology.data_rank :: self.topology.data]
+        queries = self._captioned(wanted.dataset, each * self.topology.data)[
+            self.topology.data_rank :: self.topology.data
+        ]
         ids = prompt_ids(self.tokenizer)
         prompt = few_shot_prompt(
             [{"caption": shot.caption} for shot in shots],
@@ -178,7 +180,9 @@ class HeldOut:
         """Return the first (or last) `count` readable media of a held-out data set with their captions."""
         stream = self.streams[name]
         if stream.num_samples < count:
-            raise ValueError(f"{name} has {stream.num_samples} samples, {count} are wanted; lower captions.*.")
+            raise ValueError(
+                f"{name} has {stream.num_samples} samples, {count} are wanted; lower captions.*."
+            )
         size = stream.config.batch_size
         last = (stream.num_samples - 1) // size
         found: list[Captioned] = []
@@ -194,7 +198,9 @@ class HeldOut:
             if len(found) == count:
                 break
         if len(found) < count:
-            raise ValueError(f"{name} has {len(found)} readable samples, {count} are wanted; lower captions.*.")
+            raise ValueError(
+                f"{name} has {len(found)} readable samples, {count} are wanted; lower captions.*."
+            )
         return found
 
     def _reduce_sum(self, value: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ def _all_records(index: ShardIndex) -> dict[str, tuple[str, SampleRecord]]:
 
 def _decode(url: str, record: SampleRecord) -> bytes | None:
     """Return the sample's first medium (a video's first frame) as PNG bytes."""
-    media = sorted(m for m in record.members if m.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    media = sorted(
+        m for m in record.members if m.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+    )
     if not media:
         return None
     config = MediaConfig(image_size=SIZE, pad_colour=(255, 255, 255), video_fps=None)

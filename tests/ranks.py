@@ -19,7 +19,7 @@ from typing import Any
 SIZE = 4
 
 
-class RankFailure(AssertionError):
+class RankFailedError(AssertionError):
     """A rank raised; the text is its traceback."""
 
 
@@ -62,7 +62,7 @@ class RankPool:
                         failed = f"rank {rank}: {value}"
             if failed is not None:
                 self.close()
-                raise RankFailure(failed)
+                raise RankFailedError(failed)
         return [value for _, value in sorted(results.values(), key=lambda pair: pair[0])]
 
     def _start(self) -> None:

@@ -7,9 +7,10 @@ R latents, E resampler width, D LM width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +18,8 @@ from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttenti
 from flamingo_dist.models.lm import LanguageModel
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.megatron import KeyValueCache
-from flamingo_dist.models.resampler import PerceiverResampler, ResamplerConfig
-from flamingo_dist.models.vision import VisionConfig, build_vision
+from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
+from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
 
 
@@ -88,6 +89,15 @@ class FlamingoOutput(NamedTuple):
 class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
+    gather_units: ClassVar = (
+        TransformerLayer,
+        GatedCrossAttentionBlock,
+        PerceiverLayer,
+        VisionEncoder,
+    )
+    """Modules whose weights are wanted together: what ZeRO-3 gathers at once. Not the vocabulary, which runs twice
+    in a forward: DeepSpeed would reduce its gradients twice."""
+
     def __init__(
         self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
     ) -> None:
@@ -134,8 +144,13 @@ class Flamingo(nn.Module):
         Returns:
             For each kind one detached fp32 tensor per gated block, 0-dim (scalar gates) or [D].
         """
-        gates = [block.gates() for block in self.gated.values()]
+        gates = [block.gates() for block in self._gated_blocks().values()]
         return {"attn": [g[0] for g in gates], "ffw": [g[1] for g in gates]}
+
+    def _gated_blocks(self) -> dict[int, GatedCrossAttentionBlock]:
+        """Return the gated blocks by the number of the LM block that they stand before."""
+        blocks = {int(name): block for name, block in self.gated.items()}
+        return cast(dict[int, GatedCrossAttentionBlock], blocks)
 
     def forward(
         self,
@@ -174,9 +189,10 @@ class Flamingo(nn.Module):
         offset = 0 if cache is None else cache.length
         rotary = self.lm.rotary(tokens_BT.shape[1], offset=offset, device=tokens_BT.device)
         x_TBD = self.lm.vocabulary(tokens_BT).transpose(0, 1).contiguous()
+        blocks = self._gated_blocks()
         with self.lm.caching(cache):
             for i, layer in enumerate(self.lm.layers):
-                gated = self.gated[str(i)] if str(i) in self.gated and not self._gates_off else None
+                gated = None if self._gates_off else blocks.get(i)
                 media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     # The modules are arguments: a closure over the loop's variable would recompute the last block.
@@ -200,9 +216,7 @@ class Flamingo(nn.Module):
         if targets_BT is None:
             logits = self.lm.vocabulary(x_BTD, as_head=True)
             return FlamingoOutput(logits_BTV=logits, nll_BT=None, latents_BMRE=latents_BMRE)
-        return FlamingoOutput(
-            logits_BTV=None, nll_BT=self._nll(x_BTD, targets_BT), latents_BMRE=latents_BMRE
-        )
+        return FlamingoOutput(logits_BTV=None, nll_BT=self._nll(x_BTD, targets_BT), latents_BMRE=latents_BMRE)
 
     def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""

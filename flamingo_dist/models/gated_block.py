@@ -80,9 +80,9 @@ class MediaKV:
     Starts empty; the first forward that gets it fills it and later ones read it instead of the latents.
     """
 
-    k_BMRHK: Tensor | None = None  # noqa: N815
+    k_BMRHK: Tensor | None = None
     """[B, M, R, H, K] keys of this rank's heads, after the key norm."""
-    v_BMRHK: Tensor | None = None  # noqa: N815
+    v_BMRHK: Tensor | None = None
     """[B, M, R, H, K] values of this rank's heads."""
 
 

@@ -47,6 +47,18 @@ def tag(
     return param
 
 
+def tag_of(param: nn.Parameter) -> ParamTag:
+    """Return the tag of `param`.
+
+    Raises:
+        RuntimeError: it has none: it was made without `tag`.
+    """
+    found = getattr(param, "flamingo_tag", None)
+    if not isinstance(found, ParamTag):
+        raise RuntimeError("a parameter has no tag; make it through flamingo_dist.models.init.tag.")
+    return found
+
+
 def draw(
     name: str, param_tag: ParamTag, shard_shape: torch.Size, *, seed: int, tp_rank: int, tp_size: int
 ) -> Tensor:

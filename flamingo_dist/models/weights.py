@@ -132,7 +132,9 @@ def read_lm_config(path: str) -> LMConfig:
         raise ValueError(f"{path} is a {stated.get('model_type')!r} model; only 'llama' can be read.")
     scaling = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
     if scaling.get("rope_type", "default") != "default":
-        raise ValueError(f"{path} scales its rotary positions ({scaling['rope_type']}), which is not supported.")
+        raise ValueError(
+            f"{path} scales its rotary positions ({scaling['rope_type']}), which is not supported."
+        )
     heads = stated["num_attention_heads"]
     return LMConfig(
         vocab_size=stated["vocab_size"],
@@ -222,7 +224,9 @@ def lm_shard(
     elif name == "final_norm.weight":
         value = source.read("model.norm.weight")
     else:
-        stored = "lm_head.weight" if name.startswith("vocabulary.frozen_head") else "model.embed_tokens.weight"
+        stored = (
+            "lm_head.weight" if name.startswith("vocabulary.frozen_head") else "model.embed_tokens.weight"
+        )
         start = tp_rank * shape[0]
         value = source.read(stored, slice(start, min(start + shape[0], config.vocab_size)))
         if value.shape[0] < shape[0]:

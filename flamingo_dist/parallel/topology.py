@@ -69,12 +69,12 @@ class Topology:
 
     @property
     def tensor_rank(self) -> int:
-        """This process's place in its tensor-parallel group."""
+        """Place of this process in its tensor-parallel group."""
         return self.rank % self.tensor
 
     @property
     def data_rank(self) -> int:
-        """This process's place in its data-parallel group."""
+        """Place of this process in its data-parallel group."""
         return self.rank // self.tensor
 
     def check_divisible(self, sizes: Mapping[str, int]) -> None:
@@ -117,7 +117,9 @@ def init_groups(topology: Topology, *, timeout_seconds: int = 600) -> None:
         ValueError: the default group's world is not the topology's.
     """
     if not dist.is_initialized():
-        raise RuntimeError("torch.distributed is not initialised; call init_process_group before init_groups.")
+        raise RuntimeError(
+            "torch.distributed is not initialised; call init_process_group before init_groups."
+        )
     if dist.get_world_size() != topology.world:
         raise ValueError(
             f"the process group has {dist.get_world_size()} ranks but the topology {topology.world}."
@@ -141,9 +143,8 @@ def single_process() -> Iterator[Topology]:
     Yields:
         The topology, world 1.
     """
-    dist.init_process_group(
-        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60)
-    )
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
     topology = Topology(world=1, rank=0, tensor=1)
     init_groups(topology)
     try:
@@ -203,4 +204,8 @@ class MegatronMPU:
 
 def world_device() -> torch.device:
     """Return the device that this process computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -23,7 +23,7 @@ class TrainBatch:
     media_mask_BM: Tensor
     """bool [B, M]: which media are real."""
 
-    def targets_BT(self) -> Tensor:
+    def targets(self) -> Tensor:
         """Return int64 [B, T]: the next token where it carries loss, -100 elsewhere."""
         targets = self.tokens_BT.roll(-1, dims=1)
         wanted = self.loss_mask_BT.roll(-1, dims=1)

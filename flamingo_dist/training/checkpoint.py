@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and a resume that restores everything or refuses.
 
-DeepSpeed writes the tensors (trainable weights, optimizer state); beside them stand the trainable weights once more
-as one safetensors file for any layout, the RNG states of every rank, and a manifest: step, layout, fingerprints, data positions, and size and SHA-256 of every file. A checkpoint is
-written in a hidden folder and renamed when complete.
+DeepSpeed writes the tensors (trainable weights, optimizer state); beside them stand the trainable weights once
+more as one safetensors file for any layout, the RNG states of every rank, and a manifest: step, layout,
+fingerprints, data positions, and size and SHA-256 of every file. A checkpoint is written in a hidden folder and
+renamed when complete.
 """
 
 import hashlib
@@ -52,7 +53,9 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     there = list_checkpoints(folder)
     if wanted in ("auto", "latest"):
         if not there and wanted == "latest":
-            raise CheckpointError(f"--resume latest: no complete checkpoint in {folder}; use --resume auto to start.")
+            raise CheckpointError(
+                f"--resume latest: no complete checkpoint in {folder}; use --resume auto to start."
+            )
         return there[-1] if there else None
     path = step_folder(folder, int(wanted)) if wanted.isdigit() else Path(wanted)
     if not (path / MANIFEST).is_file():

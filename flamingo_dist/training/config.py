@@ -30,7 +30,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Reject values that train nothing."""
         if self.lr <= 0 or self.warmup_steps < 0:
-            raise ValueError(f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative.")
+            raise ValueError(
+                f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative."
+            )
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step number `step`, counted from 0."""

@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flamingo_dist.models.init import tag_of
 from flamingo_dist.parallel.topology import MegatronMPU, Topology
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import TrainConfig
@@ -53,7 +55,7 @@ class TrainStep:
 
     def __init__(
         self,
-        engine: nn.Module,
+        engine: Any,
         config: TrainConfig,
         topology: Topology,
         weights: Mapping[str, float],
@@ -149,7 +151,7 @@ class TrainStep:
             batch.media_index_BT,
             batch.media,
             batch.media_mask_BM,
-            targets_BT=batch.targets_BT(),
+            targets_BT=batch.targets(),
         )
         summed = output.nll_BT.sum()
         by_mean = self.config.reduction == "mean"
@@ -217,7 +219,7 @@ def global_norm(grads: Sequence[tuple[nn.Parameter, Tensor]], topology: Topology
         topology: the run's degrees.
     """
     counted = [
-        g.float().pow(2).sum() for p, g in grads if p.tensor_model_parallel or topology.tensor_rank == 0
+        g.float().pow(2).sum() for p, g in grads if tag_of(p).partition_dim is not None or topology.tensor_rank == 0
     ]
     total = torch.stack(counted).sum() if counted else grads[0][1].new_zeros(())
     if topology.tensor > 1:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flamingo_dist.models.init import ParamTag
+from flamingo_dist.models.init import ParamTag, tag_of
 from flamingo_dist.models.linear import tp_size
 from flamingo_dist.parallel.topology import MegatronMPU, Topology
 
@@ -35,7 +35,7 @@ def _whole(engine: Any, topology: Topology) -> Iterator[tuple[str, Tensor]]:
             continue
         value = safe_get_full_fp32_param(param)
         shard = (param.detach().float() if value is None else value).contiguous()
-        tag: ParamTag = param.flamingo_tag
+        tag = tag_of(param)
         if tag.partition_dim is not None and topology.tensor > 1:
             parts = [torch.empty_like(shard) for _ in range(topology.tensor)]
             dist.all_gather(parts, shard, group=MegatronMPU().get_model_parallel_group())
@@ -60,7 +60,9 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     """
     path = checkpoint / FILE
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no {FILE}; give a checkpoint that this version of the code wrote.")
+        raise ValueError(
+            f"{checkpoint} has no {FILE}; give a checkpoint that this version of the code wrote."
+        )
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     with safe_open(path, framework="pt") as stored:
         missing, surplus = trainable.keys() - stored.keys(), stored.keys() - trainable.keys()
@@ -69,7 +71,7 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
                 f"{path} does not fit the network: missing {sorted(missing)[:5]}, surplus {sorted(surplus)[:5]}."
             )
         for name, param in trainable.items():
-            value = _slice(stored.get_tensor(name), param.flamingo_tag)
+            value = _slice(stored.get_tensor(name), tag_of(param))
             if value.shape != param.shape:
                 raise ValueError(
                     f"{path}: {name} gives {tuple(value.shape)}, the network needs {tuple(param.shape)}."
@@ -83,4 +85,6 @@ def _slice(value: Tensor, tag: ParamTag) -> Tensor:
         return value
     rank = MegatronMPU().get_model_parallel_rank()
     stacked = value.chunk(tag.stride, dim=tag.partition_dim)
-    return torch.cat([m.chunk(tp_size(), dim=tag.partition_dim)[rank] for m in stacked], dim=tag.partition_dim)
+    return torch.cat(
+        [m.chunk(tp_size(), dim=tag.partition_dim)[rank] for m in stacked], dim=tag.partition_dim
+    )

@@ -1,6 +1,7 @@
 """The demonstration: real images, a real frozen LM and encoder, two CPU cores, a quarter of an hour."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
@@ -21,9 +22,9 @@ END_OF_TEXT, NEWLINE = 0, 198
 a line end is what `<EOC>` starts from. Together they lower the first loss of captions from 10.8 to 6.7 nats."""
 FRAMES = 8
 """Frames of a clip (paper: 8)."""
-_SHAPES = {
+_SHAPES: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "pair", "batch_size": 32, "weight": 1.0, "seq_len": 20},
-    "documents": {"kind": "interleaved", "batch_size": 4, "weight": 0.2, "seq_len": 128, "max_media": 3},
+    "documents": {"kind": "interleaved", "batch_size": 4, "weight": 0.2, "seq_len": 96, "max_media": 3},
     "videos": {"kind": "video", "batch_size": 4, "weight": 0.2, "seq_len": 20, "frames": FRAMES},
 }
 """By training data set. The captions of pairs are what the run shows, so they weigh most here."""
@@ -46,7 +47,9 @@ def demo() -> RunConfig:
     try:
         language_model, encoder = str(parts.language_model), str(parts.vision_encoder)
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; run `flamingo demo`, which fetches the parts of the demonstration.") from error
+        raise ValueError(
+            f"{error}; run `flamingo demo`, which fetches the parts of the demonstration."
+        ) from error
     corpora = build_corpora(parts)
     tokenizer = TokenizerConfig(kind="gguf", path=language_model, bos_id=END_OF_TEXT)
     lm = replace(read_lm_config(language_model), extra_like=(None, NEWLINE))
@@ -68,7 +71,7 @@ def demo() -> RunConfig:
                 frames=FRAMES,
             ),
             gated=GatedBlockConfig(
-                width=lm.width, media_width=384, heads=9, head_dim=64, ffw_hidden=4 * lm.width
+                width=lm.width, media_width=384, heads=9, head_dim=64, ffw_hidden=2 * lm.width
             ),
             cross_every=5,
         ),
@@ -95,7 +98,9 @@ def demo() -> RunConfig:
     )
 
 
-def _data_sets(corpora: Corpora, shapes: dict[str, str], *, mode: str) -> dict[str, DatasetConfig]:
+def _data_sets(
+    corpora: Corpora, shapes: dict[str, str], *, mode: Literal["train", "eval"]
+) -> dict[str, DatasetConfig]:
     """Return the data sets that are there, each in the shape of a training data set."""
     return {
         name: DatasetConfig(

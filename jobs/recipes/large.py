@@ -4,6 +4,8 @@ First versions: the LM has the paper's width and depth with rotary positions and
 `model.lm.weights` names published ones, and the vision encoder is a stand-in until NFNet-F6 is here.
 """
 
+from typing import Any
+
 from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
@@ -49,8 +51,8 @@ def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConf
 
 
 def _data(batch: int, root: str = "s3://YOUR-BUCKET") -> DataConfig:
-    """The paper's four data sets with the batch sizes of its ablations, scaled to `batch` documents."""
-    image = {"image_size": IMAGE}
+    """Return the paper's four data sets with the batch sizes of its ablations, scaled to `batch` documents."""
+    image: dict[str, Any] = {"image_size": IMAGE}
     train = {
         "m3w": DatasetConfig(
             name="m3w",
@@ -97,7 +99,9 @@ def _run(name: str, network: FlamingoConfig, *, workers: int, tensor: int, batch
         recipe=name,
         name=name,
         model=network,
-        train=TrainConfig(steps=500_000, optimizer=OptimizerConfig(), checkpoint_every=500, probe_every=2_000),
+        train=TrainConfig(
+            steps=500_000, optimizer=OptimizerConfig(), checkpoint_every=500, probe_every=2_000
+        ),
         parallel=ParallelConfig(
             tensor=tensor, zero_stage=3, frozen="resident", activation_checkpointing=True
         ),

@@ -1,5 +1,7 @@
 """The scale-down of the large recipes: the same code path on four CPU processes in under two minutes."""
 
+from typing import Any
+
 from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
@@ -10,8 +12,8 @@ from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.parallel.topology import ParallelConfig
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
-from jobs.demo.fetch import cache_folder
 from jobs.config import CaptionConfig, DataConfig, ResourceConfig, RunConfig
+from jobs.demo.fetch import cache_folder
 from jobs.shapes import FRAMES, SIZE, VERSION, write_shapes
 
 VOCAB = 260
@@ -26,7 +28,12 @@ def prepare_smoke() -> None:
 def smoke() -> RunConfig:
     """Return the smoke run: random tiny LM, tensor parallel 2 x data parallel 2, ZeRO-3, all three kinds of data."""
     folder = cache_folder() / "shapes" / f"v{VERSION}"
-    common = {"image_size": SIZE, "pad_colour": (255, 255, 255), "hflip_p": 0.0, "video_fps": None}
+    common: dict[str, Any] = {
+        "image_size": SIZE,
+        "pad_colour": (255, 255, 255),
+        "hflip_p": 0.0,
+        "video_fps": None,
+    }
     return RunConfig(
         recipe="smoke",
         name="smoke",

@@ -123,7 +123,7 @@ class VisionEncoder(nn.Module, ABC):
         `module.bfloat16()`, which DeepSpeed calls on the whole network, would otherwise make live features
         differ from stored ones.
         """
-        super()._apply(lambda tensor: tensor.to(device=fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: tensor.to(device=fn(tensor).device), recurse)
         return self
 
     @abstractmethod

@@ -17,11 +17,11 @@ IMAGE = 11
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBatch:
-    tokens_BT: Tensor  # noqa: N815
-    loss_mask_BT: Tensor  # noqa: N815
-    media_index_BT: Tensor  # noqa: N815
+    tokens_BT: Tensor
+    loss_mask_BT: Tensor
+    media_index_BT: Tensor
     media: Tensor
-    media_mask_BM: Tensor  # noqa: N815
+    media_mask_BM: Tensor
 
 
 def make_batch(counts: list[int], *, seed: int = 0, slots: int = 3, length: int = 9) -> SampleBatch:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Output:
-    logits_BTV: Tensor | None  # noqa: N815
-    nll_BT: Tensor | None  # noqa: N815
-    latents_BMRE: Tensor  # noqa: N815
+    logits_BTV: Tensor | None
+    nll_BT: Tensor | None
+    latents_BMRE: Tensor
 
 
 class Cache:

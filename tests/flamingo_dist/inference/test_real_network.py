@@ -91,7 +91,7 @@ def test_exchanged_latents_are_exchanged_media(model: Flamingo) -> None:
             whole.media_index_BT,
             whole.media.roll(-1, 0),
             whole.media_mask_BM.roll(-1, 0),
-            targets_BT=whole.targets_BT(),
+            targets_BT=whole.targets(),
         )
     assert result.shuffled == pytest.approx(float(output.nll_BT.sum()) / whole.num_loss_tokens(), rel=1e-5)
     assert result.tokens == whole.num_loss_tokens()

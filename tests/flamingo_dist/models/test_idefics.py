@@ -58,9 +58,7 @@ def our_config() -> FlamingoConfig:
     base = tiny.network(layers=4, every=2)
     return replace(
         base,
-        lm=replace(
-            base.lm, num_heads=4, num_kv_heads=4, head_dim=8, ffn_width=64, norm_eps=1e-6, tied=False
-        ),
+        lm=replace(base.lm, num_heads=4, num_kv_heads=4, head_dim=8, ffn_width=64, norm_eps=1e-6, tied=False),
         vision=replace(base.vision, tiny_width=FEATURES),
         resampler=replace(
             base.resampler,
@@ -152,9 +150,7 @@ def copy_weights(ours: Flamingo, theirs: IdeficsForVisionText2Text) -> set[str]:
                 used.add(other)
             elif name.startswith("lm.") and ".extra" not in name:
                 shape = param.shape
-                param.copy_(
-                    lm_shard(source, name[3:], shape, ours.config.lm, tp_rank=0, tp_size=1)
-                )
+                param.copy_(lm_shard(source, name[3:], shape, ours.config.lm, tp_rank=0, tp_size=1))
             else:
                 param.zero_()  # frame embeddings and the extra rows: IDEFICS has none
     return used
@@ -198,7 +194,9 @@ def test_logits_and_gradients_equal_idefics(inputs):
         targets[:, -1] = -100
         # The two extra logits are 0 in ours and absent in theirs: compare on the shared vocabulary.
         loss = torch.nn.functional.cross_entropy(
-            torch.cat([expected, expected.new_zeros(2, 9, 2)], -1).flatten(0, 1), targets.flatten(), reduction="sum"
+            torch.cat([expected, expected.new_zeros(2, 9, 2)], -1).flatten(0, 1),
+            targets.flatten(),
+            reduction="sum",
         )
         nll = ours(tokens, index, latents_BMRE=out.latents_BMRE, targets_BT=targets).nll_BT.sum()
         assert float(nll) == pytest.approx(float(loss), rel=1e-5)
@@ -211,7 +209,11 @@ def test_logits_and_gradients_equal_idefics(inputs):
             if other is not None:
                 # The loss is fp32 in both, as training has it.
                 torch.testing.assert_close(
-                    param.grad, their_params[other].grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+                    param.grad,
+                    their_params[other].grad,
+                    atol=1e-5,
+                    rtol=1e-3,
+                    msg=lambda m, n=name: f"{n}: {m}",
                 )
                 compared += 1
         assert compared == len(used)
@@ -229,7 +231,10 @@ def test_the_comparison_can_fail(inputs):
         mask = torch.ones(2, 2, dtype=torch.bool)
         first = Flamingo(our_config(), dtype=torch.float64)
         copy_weights(first, theirs)
-        state = {n.replace("gated.0", "gated.1").replace("gated.2", "gated.3"): v for n, v in first.state_dict().items()}
+        state = {
+            n.replace("gated.0", "gated.1").replace("gated.2", "gated.3"): v
+            for n, v in first.state_dict().items()
+        }
         ours.load_state_dict(state)
         a = first(tokens, index, features[:, :, None], mask).logits_BTV
         b = ours(tokens, index, features[:, :, None], mask).logits_BTV

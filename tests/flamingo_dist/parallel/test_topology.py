@@ -19,7 +19,9 @@ def test_a_degree_that_does_not_divide_the_world_names_those_that_do():
 def test_a_degree_that_does_not_divide_the_heads_names_what_fits():
     sizes = tiny.network().tensor_sizes()
     Topology(world=2, rank=0, tensor=2).check_divisible(sizes)
-    with pytest.raises(ValueError, match=r"tensor=4 does not divide lm.num_kv_heads=2.*fit this model: \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"tensor=4 does not divide lm.num_kv_heads=2.*fit this model: \[1, 2\]"
+    ):
         Topology(world=4, rank=0, tensor=4).check_divisible(sizes)
 
 

@@ -190,7 +190,10 @@ def test_what_does_not_match_is_refused_and_named(ranks, checkpoint):
         ((str(checkpoint), 2, RUN, "abc", "latest"), "layout.zero_stage: checkpoint 3, this run 2"),
         ((str(checkpoint), 3, other, "abc", "latest"), "run.train.lr: checkpoint 0.01, this run 0.02"),
         ((str(checkpoint), 3, RUN, "xyz", "latest"), "docs.shards was 'abc', is 'xyz'"),
-        ((str(checkpoint), 3, RUN, "abc", "3"), "complete checkpoints here: ['step-00000002', 'step-00000004']"),
+        (
+            (str(checkpoint), 3, RUN, "abc", "3"),
+            "complete checkpoints here: ['step-00000002', 'step-00000004']",
+        ),
     ]
     for arguments, expected in cases:
         for told in ranks.run(refused, *arguments, world=2):
@@ -224,7 +227,7 @@ def next_loss(model: Any) -> float:
             whole.media_index_BT,
             whole.media,
             whole.media_mask_BM,
-            targets_BT=whole.targets_BT(),
+            targets_BT=whole.targets(),
         )
     return float(out.nll_BT.sum())
 

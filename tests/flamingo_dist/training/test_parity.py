@@ -46,7 +46,11 @@ def reference(ranks):
 
 
 LAYOUTS = [
-    (world, tensor, ParallelConfig(tensor=tensor, zero_stage=stage, frozen=frozen, activation_checkpointing=ac))
+    (
+        world,
+        tensor,
+        ParallelConfig(tensor=tensor, zero_stage=stage, frozen=frozen, activation_checkpointing=ac),
+    )
     for world, tensor, stage, frozen, ac in [
         (1, 1, 1, "resident", False),
         (1, 1, 2, "resident", False),
@@ -71,9 +75,11 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     ("world", "tensor", "parallel"),
     LAYOUTS,
-    ids=lambda v: f"zero{v.zero_stage}-{v.frozen}{'-ckpt' * v.activation_checkpointing}"
-    if isinstance(v, ParallelConfig)
-    else None,
+    ids=lambda v: (
+        f"zero{v.zero_stage}-{v.frozen}{'-ckpt' * v.activation_checkpointing}"
+        if isinstance(v, ParallelConfig)
+        else None
+    ),
 )
 def test_every_layout_trains_alike(ranks, reference, world, tensor, parallel):
     for result in ranks.run(train, parallel, world=world, tensor=tensor):

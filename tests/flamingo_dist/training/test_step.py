@@ -36,7 +36,7 @@ def summed_gradient(reduction: str) -> tuple[float, dict[str, torch.Tensor]]:
                 whole.media_index_BT,
                 whole.media,
                 whole.media_mask_BM,
-                targets_BT=whole.targets_BT(),
+                targets_BT=whole.targets(),
             )
             divisor = whole.num_loss_tokens() if reduction == "mean" else whole.tokens_BT.shape[0]
             loss = loss + weight * out.nll_BT.sum() / divisor
@@ -49,7 +49,9 @@ def summed_gradient(reduction: str) -> tuple[float, dict[str, torch.Tensor]]:
 def one_sgd_step(topology: Topology, parallel: ParallelConfig, reduction: str) -> dict[str, Any]:
     """One step of SGD with rate 1 and no clip: the update is the gradient."""
     train = replace(
-        tiny.train_config(), reduction=reduction, optimizer=OptimizerConfig(lr=1.0, warmup_steps=0, clip_norm=0)
+        tiny.train_config(),
+        reduction=reduction,
+        optimizer=OptimizerConfig(lr=1.0, warmup_steps=0, clip_norm=0),
     )
     import flamingo_dist.training.build as build
 
