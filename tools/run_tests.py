@@ -7,6 +7,7 @@ Usage: ``python tools/run_tests.py light distributed [slurm] -- [pytest argument
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,10 @@ def run_phase(name: str, extra: list[str]) -> PhaseResult:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         print(f"=== {name} tests", flush=True)
         start = time.monotonic()
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        # Whoever ends this script (a CI's time limit) means pytest, which then ends what its fixtures started.
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+        code = process.wait()
         result = PhaseResult(name, code, time.monotonic() - start)
         read_junit(junit, result)
     return result

@@ -1,6 +1,7 @@
 """Clusters for the integration tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,10 +17,13 @@ def slurm_daemons() -> Iterator[SlurmCluster]:
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
+    # A pytest that is terminated would leave the daemons behind: end as for Ctrl-C, with the fixtures' clean-up.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = SlurmCluster()
     cluster.start()
     yield cluster
     cluster.stop()
+    signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture
