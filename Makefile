@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := flamingo_dist kernels data_pipeline jobs
-SCRIPTS := tools tests/tools tests/integration
+SCRIPTS := tools jobs/slurm tests/tools tests/integration
 ARGS ?=
 
 .PHONY: help
