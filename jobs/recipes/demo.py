@@ -24,8 +24,8 @@ FRAMES = 8
 """Frames of a clip (paper: 8)."""
 _SHAPES: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "pair", "batch_size": 32, "weight": 1.0, "seq_len": 20},
-    "documents": {"kind": "interleaved", "batch_size": 4, "weight": 0.2, "seq_len": 96, "max_media": 3},
-    "videos": {"kind": "video", "batch_size": 4, "weight": 0.2, "seq_len": 20, "frames": FRAMES},
+    "documents": {"kind": "interleaved", "batch_size": 2, "weight": 0.2, "seq_len": 64, "max_media": 3},
+    "videos": {"kind": "video", "batch_size": 2, "weight": 0.2, "seq_len": 20, "frames": FRAMES},
 }
 """By training data set. The captions of pairs are what the run shows, so they weigh most here."""
 _HELD_OUT = {
@@ -76,13 +76,13 @@ def demo() -> RunConfig:
             cross_every=5,
         ),
         train=TrainConfig(
-            steps=300,
+            steps=400,
             dtype="bf16",
             # The paper's rate and warm-up are for 500k steps; gates at 20 times the rate open in a short run.
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20, gate_lr_scale=20.0),
-            checkpoint_every=100,
+            checkpoint_every=200,
             keep_checkpoints=2,
-            probe_every=100,
+            probe_every=200,
             probe_batches=2,
         ),
         parallel=ParallelConfig(tensor=1, zero_stage=3, frozen="resident"),
