@@ -12,6 +12,7 @@ class Control:
         self._stop = False
         self._begun: dict[int, int] = {}
         self._outcome: Any = None
+        self._error: Exception | None = None
 
     def begin(self, rank: int) -> int:
         """Note that a training process begins; return how many times this rank began before."""
@@ -39,6 +40,14 @@ class Control:
     def finish(self, outcome: Any) -> None:
         """Take the first rank's outcome."""
         self._outcome = outcome
+
+    def fail(self, error: Exception) -> None:
+        """Take the error that all ranks met; the first one told is kept."""
+        self._error = self._error or error
+
+    def error(self) -> Exception | None:
+        """Return the error that all ranks met, if any."""
+        return self._error
 
     def outcome(self) -> Any:
         """Return the first rank's outcome, None while it runs."""

@@ -19,6 +19,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from data_pipeline.actors import RayPipeline
+from flamingo_dist.training.checkpoint import find_checkpoint
 from flamingo_dist.training.loop import TrainOutcome
 from jobs.config import RunConfig
 from jobs.console import TrainingConsole
@@ -161,6 +162,8 @@ def prepare_run_folder(config: RunConfig, launch: LaunchConfig) -> Path:
         raise ValueError(
             f"{run_dir} holds a run already; resume it with --resume latest, choose another --name, or delete it."
         )
+    if launch.resume is not None:
+        find_checkpoint(run_dir / "checkpoints", launch.resume)  # says early what is not there
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     record_environment(run_dir, recipe=config.recipe, extra={"world_size": config.resources.workers})
@@ -242,6 +245,9 @@ def _fit(trainer: TorchTrainer, control: Any, config: RunConfig) -> TrainOutcome
                 console.update(record)
     if failure:
         raise_user_error(failure[0])
+    met: Exception | None = ray.get(control.error.remote())
+    if met is not None:
+        raise met
     outcome: TrainOutcome | None = ray.get(control.outcome.remote())
     if outcome is None:
         raise RunFailedError(

@@ -4,14 +4,14 @@ from data_pipeline.errors import BadDataError, ResumeError
 from flamingo_dist.training.checkpoint import CheckpointError
 from flamingo_dist.training.step import TrainingDivergedError
 
-USER_ERRORS: tuple[type[Exception], ...] = (
+ERRORS_OF_ALL_RANKS: tuple[type[Exception], ...] = (
     CheckpointError,
     BadDataError,
     ResumeError,
     TrainingDivergedError,
-    ValueError,
-    FileNotFoundError,
 )
+"""Errors that every rank raises at the same place, so that none is left waiting for the others."""
+USER_ERRORS: tuple[type[Exception], ...] = (*ERRORS_OF_ALL_RANKS, ValueError, FileNotFoundError)
 """Errors whose message says what was given, what is allowed and what to do."""
 
 

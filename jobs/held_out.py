@@ -144,7 +144,7 @@ class HeldOut:
     def _score(self) -> dict[str, Any]:
         """Rank the names of held-out media of the captioned data set by log-likelihood."""
         name, number = self.config.captions.dataset, self.config.captions.candidates
-        named = {entry.caption: entry for entry in reversed(self._captioned(name, 4 * number))}
+        named = {entry.caption: entry for entry in reversed(self._captioned(name, 4 * number, least=2))}
         chosen = list(named.values())[-number:]
         if len(chosen) < 2:
             raise ValueError(
@@ -176,13 +176,15 @@ class HeldOut:
     def _bare_prompt(self, ids: PromptIds) -> Prompt:
         return few_shot_prompt([], ids=ids, encode=self.tokenizer.encode, template=PLAIN_CAPTION)
 
-    def _captioned(self, name: str, count: int, *, from_end: bool = False) -> list[Captioned]:
-        """Return the first (or last) `count` readable media of a held-out data set with their captions."""
+    def _captioned(
+        self, name: str, count: int, *, from_end: bool = False, least: int | None = None
+    ) -> list[Captioned]:
+        """Return the first (or last) `count` readable media of a held-out data set with their captions.
+
+        Raises:
+            ValueError: there are fewer than `least`, by default than `count`.
+        """
         stream = self.streams[name]
-        if stream.num_samples < count:
-            raise ValueError(
-                f"{name} has {stream.num_samples} samples, {count} are wanted; lower captions.*."
-            )
         size = stream.config.batch_size
         last = (stream.num_samples - 1) // size
         found: list[Captioned] = []
@@ -197,7 +199,7 @@ class HeldOut:
                     found.append(_captioned_row(batch, row, self.tokenizer))
             if len(found) == count:
                 break
-        if len(found) < count:
+        if len(found) < (count if least is None else least):
             raise ValueError(
                 f"{name} has {len(found)} readable samples, {count} are wanted; lower captions.*."
             )

@@ -23,6 +23,7 @@ from flamingo_dist.training.loop import Record, TrainLoop, TrainOutcome
 from flamingo_dist.training.step import TrainStep
 from jobs.batches import to_train_batch
 from jobs.config import RunConfig
+from jobs.errors import ERRORS_OF_ALL_RANKS
 from jobs.held_out import HeldOut
 from jobs.metrics import MetricsFile
 from jobs.pictures import PictureBook
@@ -161,7 +162,12 @@ def ray_train_entry(settings: dict[str, Any]) -> None:
     task: WorkerTask = settings["task"]
     restarts = ray.get(task.control.begin.remote(dist.get_rank()))
     resume = task.resume if restarts == 0 else "auto"
-    outcome = train_process(WorkerTask(**{**vars(task), "resume": resume}))
+    try:
+        outcome = train_process(WorkerTask(**{**vars(task), "resume": resume}))
+    except ERRORS_OF_ALL_RANKS as error:
+        # Starting again would not help; told to the driver, instead of failing a process that Ray would restart.
+        ray.get(task.control.fail.remote(error))
+        return
     if dist.get_rank() == 0:
         ray.get(task.control.finish.remote(outcome))
     dist.barrier()

@@ -59,7 +59,7 @@ trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM INT
 
 # Ray gives its own parts half a minute to start, which a cold network file system or a busy machine may exceed; the
 # next attempt finds the files in memory.
-for attempt in 1 2 3; do
+for attempt in 1 2 3 4 5; do
     # What `ray start` says is worth reading only when it fails; on a hundred nodes it would bury the training log.
     "$python" -m ray.scripts.scripts start "${arguments[@]}" >"$temp/start.log" 2>&1 &
     ray=$!
@@ -78,7 +78,8 @@ for attempt in 1 2 3; do
     code=$?
     end_descendants
     if grep -q "Ray runtime started" "$temp/start.log"; then break; fi
-    echo "ray_node.sh: Ray did not start on node $name (attempt $attempt of 3)" >&2
+    echo "ray_node.sh: Ray did not start on node $name (attempt $attempt of 5): $(tail -n 1 "$temp/start.log")" >&2
+    [ $SECONDS -lt "$FLAMINGO_START_TIMEOUT" ] || break
     sleep 2
 done
 
