@@ -118,31 +118,22 @@ def test_missing_environment_is_one_clear_error(slurm: SlurmCluster, tmp_path: P
     assert "starting Ray" not in result.output
 
 
-def smoke_arguments(folder: Path, name: str, steps: int) -> list[str]:
-    return ["smoke", "--runs-dir", str(folder / "runs"), "--name", name, "--train.steps", str(steps)]
-
-
 @pytest.mark.timeout(1200)
 def test_train_smoke_across_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "wide", 3))
+    """Trains on both nodes, is interrupted as by a time limit, requeued, and goes on where it was."""
+    run = tmp_path / "runs/wide"
+    arguments = ["smoke", "--runs-dir", str(run.parent), "--name", run.name, "--train.steps", "8"]
+    job, output = submit(slurm, tmp_path, *arguments)
     folders = [slurm.folder / f"ray-{job}-{node}" for node in (0, 1)]
     counts = wait_for_trainers(folders, 500, expected=4, running=lambda: slurm.unfinished(job))
-    result = slurm.wait(job, output, 600)
-    assert (result.state, result.exit_code) == ("COMPLETED", "0:0"), result.output
+    wait_for_file(run / "metrics.jsonl", 500, slurm, job, output)
+    interrupt(slurm, job, signal.SIGUSR1)
+    result = slurm.wait(job, output, 900)
+    assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 1), result.output
     assert sum(counts) == 4, (counts, result.output)
     assert all(counts), f"training processes on each node: {counts}"
-    assert json.loads((tmp_path / "runs/wide/summary.json").read_text())["steps"] == 3
-    assert not ray_leavings(slurm)
-
-
-@pytest.mark.timeout(1200)
-def test_train_smoke_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    metrics = tmp_path / "runs/long/metrics.jsonl"
-    job, output = submit(slurm, tmp_path, *smoke_arguments(tmp_path, "long", 8))
-    wait_for_file(metrics, 500, slurm, job, output)
-    interrupt(slurm, job, signal.SIGUSR1)
-    result = slurm.wait(job, output, 600)
-    assert (result.state, result.exit_code, result.restarts) == ("COMPLETED", "0:0", 1), result.output
     assert "stopped at step" in result.output, result.output
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(8))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+    assert not ray_leavings(slurm)
