@@ -76,13 +76,13 @@ def demo() -> RunConfig:
             cross_every=5,
         ),
         train=TrainConfig(
-            steps=400,
+            steps=250,
             dtype="bf16",
             # The paper's rate and warm-up are for 500k steps; gates at 20 times the rate open in a short run.
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20, gate_lr_scale=20.0),
-            checkpoint_every=200,
+            checkpoint_every=125,
             keep_checkpoints=2,
-            probe_every=200,
+            probe_every=125,
             probe_batches=2,
         ),
         parallel=ParallelConfig(tensor=1, zero_stage=3, frozen="resident"),
