@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
         self.down = row_linear(hidden, width, std=std_out, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., width] to [..., width], dtype of the parameters."""
+        """Map x of shape [..., width] to the same shape, dtype of the parameters."""
         u, _ = self.up(x)
         if self.gate is not None:
             g, _ = self.gate(x)

@@ -69,7 +69,7 @@ class ColumnLinear(ColumnParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Map [..., in] to [..., out / tp size]."""
+        """Map input_ of shape [..., in] to shape [..., out / tp size]."""
         if self.output_size_per_partition != self.output_size or args or kwargs:
             output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
@@ -86,7 +86,7 @@ class RowLinear(RowParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map [..., in / tp size] to [..., out], summed over the tensor-parallel group."""
+        """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
         if self.input_size_per_partition != self.input_size:
             output, skipped = super().forward(_three_axes(input_))
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped

@@ -36,7 +36,7 @@ class Norm(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., width], any floating dtype, to [..., width] in the parameters' dtype."""
+        """Normalise x of shape [..., width], any floating dtype; the result has the parameters' dtype."""
         x = x.to(self.weight.dtype)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias

@@ -219,7 +219,9 @@ def global_norm(grads: Sequence[tuple[nn.Parameter, Tensor]], topology: Topology
         topology: the run's degrees.
     """
     counted = [
-        g.float().pow(2).sum() for p, g in grads if tag_of(p).partition_dim is not None or topology.tensor_rank == 0
+        g.float().pow(2).sum()
+        for p, g in grads
+        if tag_of(p).partition_dim is not None or topology.tensor_rank == 0
     ]
     total = torch.stack(counted).sum() if counted else grads[0][1].new_zeros(())
     if topology.tensor > 1:

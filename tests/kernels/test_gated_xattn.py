@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels import sdpa
 from kernels.dispatch import gated_xattn
 from kernels.gated_xattn import reference
 
@@ -89,14 +90,14 @@ def test_both_paths_agree():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_row_is_ever_fully_masked(layout, attend_all, monkeypatch):
     """Backends disagree on such rows, and this one is too kind to them for a value to show it."""
-    attention = reference.F.scaled_dot_product_attention
+    attention = sdpa.F.scaled_dot_product_attention
 
     def checked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         assert attn_mask is None or attn_mask.any(dim=-1).all()
         return attention(q, k, v, attn_mask=attn_mask)
 
     q, k, v, index, _ = make(*LAYOUTS[layout], torch.float64)
-    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", checked)
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", checked)
     reference._dense(q, k, v, index, attend_all=attend_all)
 
 
