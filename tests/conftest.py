@@ -1,5 +1,4 @@
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,8 +9,6 @@ from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    """Processes that run functions as the ranks of a world."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+def ranks() -> RankPool:
+    """Runs functions as the ranks of a world of real processes."""
+    return RankPool()

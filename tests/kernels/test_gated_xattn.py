@@ -92,9 +92,9 @@ def test_no_row_is_ever_fully_masked(layout, attend_all, monkeypatch):
     """Backends disagree on such rows, and this one is too kind to them for a value to show it."""
     attention = sdpa.F.scaled_dot_product_attention
 
-    def checked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def checked(*args: Tensor, attn_mask: Tensor | None = None, **kwargs: bool) -> Tensor:
         assert attn_mask is None or attn_mask.any(dim=-1).all()
-        return attention(q, k, v, attn_mask=attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
 
     q, k, v, index, _ = make(*LAYOUTS[layout], torch.float64)
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", checked)
