@@ -29,7 +29,7 @@ def three_kinds(tmp_path: Path) -> tuple[DatasetConfig, ...]:
     return one_of_each(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """Ray on two logical CPUs; its sockets need a path far shorter than pytest's."""
     import ray
