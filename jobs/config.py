@@ -159,7 +159,8 @@ class RunConfig:
         for free in ("checkpoint_every", "keep_checkpoints", "probe_every", "probe_batches", "max_bad_steps"):
             del train[free]
         del train["steps"]  # a longer run is the same run
-        del whole["model"]["lm"]["weights"], whole["model"]["vision"]["weights"]
+        del whole["model"]["lm"]["weights"]
+        del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
         weights = {name: dataset.weight for name, dataset in self.data.train.items()}
         return {"model": whole["model"], "train": train, "weights": weights, "parallel": whole["parallel"]}
 

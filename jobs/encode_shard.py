@@ -77,7 +77,7 @@ class EncodedShard:
 
 
 @dataclass(kw_only=True)
-class _Pending:
+class DecodedSample:
     """A sample whose media are decoded and wait for the encoder."""
 
     key: str
@@ -85,8 +85,14 @@ class _Pending:
     """Bytes of the other members; for media uint8 frames [F, 3, H, W]. In the order of the source."""
 
     @property
+    def media(self) -> list[np.ndarray]:
+        """The decoded media, uint8 [F, 3, H, W] each."""
+        return [value for value in self.members.values() if isinstance(value, np.ndarray)]
+
+    @property
     def frames(self) -> int:
-        return sum(len(value) for value in self.members.values() if isinstance(value, np.ndarray))
+        """Frames of all media."""
+        return sum(len(medium) for medium in self.media)
 
 
 def part_name(shard_name: str) -> str:
@@ -106,8 +112,8 @@ def encode_shard(task: ShardTask) -> EncodedShard:
     fs, path = fsspec.core.url_to_fs(task.folder)
     staging = f"{task.folder}/.{task.name}"
     with ShardWriter(staging, max_samples=1 << 60, max_bytes=1 << 60, overwrite=True) as writer:
-        waiting: list[_Pending] = []
-        for sample in _decoded(task, skips):
+        waiting: list[DecodedSample] = []
+        for sample in decoded_samples(task.source_url, task.shard, task.media, task.frames, skips):
             waiting.append(sample)
             if sum(s.frames for s in waiting) >= task.batch:
                 _flush(waiting, encoder, task, writer, counts, skips)
@@ -132,19 +138,29 @@ def _encoder(config: VisionConfig) -> VisionEncoder:
     return build_vision(config)
 
 
-def _decoded(task: ShardTask, skips: list[Skip]) -> Iterator[_Pending]:
-    """Read and decode the samples of the source shard; bad ones go to `skips`."""
-    index = open_index([task.source_url])
-    url = index.entries[task.shard].url
+def decoded_samples(
+    source_url: str, shard: int, media: MediaConfig, frames: int, skips: list[Skip]
+) -> Iterator[DecodedSample]:
+    """Read and decode the samples of one shard, in order.
+
+    Args:
+        source_url: the corpus.
+        shard: number of the shard in it.
+        media: how media are decoded.
+        frames: frames taken of each video.
+        skips: takes the bad samples.
+    """
+    index = open_index([source_url])
+    url = index.entries[shard].url
     with fsspec.open(url, "rb") as file:
-        for record in index.records(task.shard):
+        for record in index.records(shard):
             try:
-                yield _decode_sample(record, file, task)
+                yield _decode_sample(record, file, media, frames)
             except BadSampleError as error:
                 skips.append(Skip(key=record.key, shard=url, cause=error.cause, detail=error.detail))
 
 
-def _decode_sample(record: SampleRecord, file: IO[bytes], task: ShardTask) -> _Pending:
+def _decode_sample(record: SampleRecord, file: IO[bytes], media: MediaConfig, frames: int) -> DecodedSample:
     """Return one sample with its media as pixels.
 
     Raises:
@@ -157,19 +173,19 @@ def _decode_sample(record: SampleRecord, file: IO[bytes], task: ShardTask) -> _P
         if len(blob) < member.size:
             raise BadSampleError("truncated shard", f"{record.key}.{extension}: {len(blob)} of {member.size}")
         kind = extension.rpartition(".")[2]
-        if kind in VIDEO_EXTENSIONS and task.frames > 1 and "." not in extension:
-            members[extension] = decode_video(blob, kind, task.frames, task.media)
+        if kind in VIDEO_EXTENSIONS and frames > 1 and "." not in extension:
+            members[extension] = decode_video(blob, kind, frames, media)
         elif kind in IMAGE_EXTENSIONS:
-            members[extension] = decode_image(blob, task.media)[None]
+            members[extension] = decode_image(blob, media)[None]
         elif kind in VIDEO_EXTENSIONS:
-            members[extension] = decode_video(blob, kind, task.frames, task.media)
+            members[extension] = decode_video(blob, kind, frames, media)
         else:
             members[extension] = blob
-    return _Pending(key=record.key, members=members)
+    return DecodedSample(key=record.key, members=members)
 
 
 def _flush(
-    waiting: list[_Pending],
+    waiting: list[DecodedSample],
     encoder: VisionEncoder,
     task: ShardTask,
     writer: ShardWriter,
@@ -177,7 +193,7 @@ def _flush(
     skips: list[Skip],
 ) -> None:
     """Encode the media of `waiting`, write its samples in order, and empty it."""
-    media = [v for sample in waiting for v in sample.members.values() if isinstance(v, np.ndarray)]
+    media = [medium for sample in waiting for medium in sample.media]
     features = iter(_encode(encoder, media, task.batch))
     for sample in waiting:
         members: dict[str, bytes] = {}

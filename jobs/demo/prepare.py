@@ -4,16 +4,17 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import ray
 from rich.console import Console
 
 from flamingo_dist.models.vision import VisionConfig
-from jobs.demo.corpora import Corpora, CorporaConfig, build_corpora
+from jobs.demo.corpora import TRAIN, Corpora, CorporaConfig, build_corpora
 from jobs.demo.fetch import Parts, fetch_parts
-from jobs.encode import EncodeConfig, EncodeReport, encode_corpus, find_encoded
+from jobs.encode import EncodeConfig, EncodeReport, corpus_fingerprint, encode_corpus, find_encoded
+from jobs.statistics import write_statistics
 
 VIDEO_FRAMES = 8
 """Frames stored of each clip."""
@@ -35,10 +36,28 @@ class Demo:
     """The data sets as shards of features, by data set name."""
 
 
-def demo_vision(parts: Parts, *, dtype: Literal["float32", "bfloat16"] = "float32") -> VisionConfig:
-    """Return the demonstration's encoder; `FileNotFoundError` where its weights are missing."""
+def demo_encoder(parts: Parts, *, dtype: Literal["float32", "bfloat16"] = "float32") -> VisionConfig:
+    """Return the demonstration's encoder as published; `FileNotFoundError` where its weights are missing."""
     weights = str(parts.vision_encoder)
     return VisionConfig(name="efficientnet-lite0", weights=weights, image_size=IMAGE_SIZE, dtype=dtype)
+
+
+def demo_vision(
+    parts: Parts, corpora: Corpora, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> VisionConfig:
+    """Return the encoder with its features standardised over a training data set.
+
+    The statistics are taken once, from some 256 images, and kept in the cache.
+
+    Raises:
+        FileNotFoundError: the encoder's weights are missing.
+    """
+    bare = demo_encoder(parts, dtype=dtype)
+    source = corpora.url(next(name for name in (*TRAIN, *corpora.datasets) if name in corpora.datasets))
+    path = parts.cache / "statistics" / f"{corpus_fingerprint(source, EncodeConfig(vision=bare))}.safetensors"
+    if not path.exists():
+        write_statistics(path, source, bare)
+    return replace(bare, statistics=str(path))
 
 
 def frames_of(dataset: str) -> int:
@@ -69,8 +88,8 @@ def prepare_demo(
         FileNotFoundError: the encoder's weights could not be had; the message says why.
     """
     parts = fetch_parts(console=console)
-    vision = demo_vision(parts, dtype=dtype)
     built = build_corpora(parts, corpora, console=console)
+    vision = demo_vision(parts, built, dtype=dtype)
     features = _encode_all(parts, built, vision, use_ray=use_ray, console=console)
     return Demo(parts=parts, corpora=built, vision=vision, features=features)
 

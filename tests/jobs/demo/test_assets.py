@@ -13,7 +13,7 @@ from flamingo_dist.models.vision import build_vision
 from jobs.demo import sources
 from jobs.demo.corpora import REPORT, Corpora, CorporaConfig, build_corpora, corpora_version
 from jobs.demo.fetch import Parts, find_parts
-from jobs.demo.prepare import demo_vision
+from jobs.demo.prepare import demo_encoder
 from jobs.demo.stamps import _caption
 from jobs.encode import media_config
 from tests.flamingo_dist.models.test_vision import published_features
@@ -49,7 +49,7 @@ def parts() -> Parts:
 
 def stamp_pixels(parts: Parts) -> torch.Tensor:
     folder = parts.path(sources.STAMPS, "**/stamps")
-    media = media_config(demo_vision(parts))
+    media = media_config(demo_encoder(parts))
     blobs = [(folder / f"{name}.png").read_bytes() for name in STAMPS]
     return torch.from_numpy(np.stack([decode_image(blob, media) for blob in blobs]))
 
@@ -58,14 +58,14 @@ def test_the_encoder_recognises_stamps(parts: Parts) -> None:
     state = torch.load(parts.vision_encoder, weights_only=True)
     classes = torch.tensor(list(STAMPS.values()))
     for dtype in ("float32", "bfloat16"):
-        features_NSC = build_vision(demo_vision(parts, dtype=dtype))(stamp_pixels(parts)).float()
+        features_NSC = build_vision(demo_encoder(parts, dtype=dtype))(stamp_pixels(parts)).float()
         logits = features_NSC.mean(1) @ state["_fc.weight"].T + state["_fc.bias"]
         assert (logits.argmax(1) == classes).float().mean() > 0.85, dtype
 
 
 def test_the_encoder_equals_the_published_layers(parts: Parts) -> None:
     pixels = stamp_pixels(parts)[:2]
-    features_NSC = build_vision(demo_vision(parts))(pixels)
+    features_NSC = build_vision(demo_encoder(parts))(pixels)
     state = torch.load(parts.vision_encoder, weights_only=True)
     expected = published_features(state, pixels).flatten(2).transpose(1, 2)
     torch.testing.assert_close(features_NSC.double(), expected, atol=1e-3, rtol=1e-3)

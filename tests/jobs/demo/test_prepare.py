@@ -16,7 +16,7 @@ from tests.jobs.demo.package_folders import write_parts
 def test_fills_the_cache_and_finds_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = write_parts(tmp_path)
     monkeypatch.setattr(prepare, "fetch_parts", lambda console: parts)
-    monkeypatch.setattr(prepare, "demo_vision", lambda parts, dtype: VisionConfig(dtype=dtype))
+    monkeypatch.setattr(prepare, "demo_vision", lambda parts, corpora, dtype: VisionConfig(dtype=dtype))
     console = Console(file=io.StringIO(), width=200)
     demo = prepare_demo(use_ray=False, console=console)
     assert set(demo.features) == set(demo.corpora.datasets)
