@@ -140,7 +140,12 @@ class TrainLoop:
         started = time.perf_counter()
         batches = self.source.next(number)
         data_seconds = time.perf_counter() - started
-        result = self.step.run(number, batches, stop=self.observer.stop_requested())
+        result = self.step.run(
+            number,
+            batches,
+            stop=self.observer.stop_requested(),
+            bad_samples=self.source.bad_samples(),
+        )
         done = number + 1
         checkpoint_seconds = 0.0
         is_last = done == self.config.steps
@@ -185,5 +190,5 @@ class TrainLoop:
             "seconds": {"data": data, **result.seconds, "checkpoint": checkpoint, "step": total},
             "tokens_per_second": result.tokens / total,
             "skipped": int(not result.applied),
-            "bad_samples": self.source.bad_samples(),
+            "bad_samples": result.bad_samples,
         }

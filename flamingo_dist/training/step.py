@@ -46,6 +46,8 @@ class StepResult:
     """False where the update was skipped, by all ranks together."""
     stop_requested: bool
     """Whether any rank asked for a stop before this step."""
+    bad_samples: int = 0
+    """Bad samples in the batches of all data-parallel ranks."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part: forward_backward, optimizer."""
 
@@ -79,13 +81,16 @@ class TrainStep:
         self.bad_in_a_row = 0
         self.skipped = 0
 
-    def run(self, step: int, batches: Mapping[str, TrainBatch], *, stop: bool = False) -> StepResult:
+    def run(
+        self, step: int, batches: Mapping[str, TrainBatch], *, stop: bool = False, bad_samples: int = 0
+    ) -> StepResult:
         """Run one step.
 
         Args:
             step: number of the step, from 0; sets the learning rate.
             batches: this rank's batch of every data set.
             stop: whether this rank wants the run to stop; any rank's wish reaches all.
+            bad_samples: bad samples in this rank's batches; tensor-parallel peers say the same number.
 
         Returns:
             The step's figures, equal on all ranks.
@@ -96,7 +101,7 @@ class TrainStep:
         names = list(self.weights)
         if self.config.mixing == "round_robin":
             names = [names[step % len(names)]]
-        totals = self._global_counts([batches[name] for name in names], stop)
+        totals = self._global_counts([batches[name] for name in names], stop, bad_samples)
         lr = set_lr(self.engine.optimizer.param_groups, self.config.optimizer, step)
         started = time.perf_counter()
         sums = [
@@ -117,18 +122,19 @@ class TrainStep:
             lr=lr,
             applied=applied,
             stop_requested=totals.stop,
+            bad_samples=totals.bad_samples,
             seconds={
                 "forward_backward": backward_done - started,
                 "optimizer": time.perf_counter() - backward_done,
             },
         )
 
-    def _global_counts(self, batches: Sequence[TrainBatch], stop: bool) -> "_Totals":
-        """Sum token counts over the data-parallel ranks, and the wish to stop with them.
+    def _global_counts(self, batches: Sequence[TrainBatch], stop: bool, bad_samples: int) -> "_Totals":
+        """Sum token and bad-sample counts over the data-parallel ranks, and the wish to stop with them.
 
         The wish is summed over the whole world: tensor-parallel peers may get a signal at different times.
         """
-        local = [b.num_loss_tokens() for b in batches] + [b.num_tokens() for b in batches]
+        local = [b.num_loss_tokens() for b in batches] + [b.num_tokens() for b in batches] + [bad_samples]
         if self.topology.tensor_rank != 0:
             local = [0] * len(local)
         counts = torch.tensor([*local, int(stop)], dtype=torch.int64, device=batches[0].tokens_BT.device)
@@ -136,8 +142,9 @@ class TrainStep:
         values = counts.tolist()
         return _Totals(
             loss_tokens=values[: len(batches)],
-            tokens=sum(values[len(batches) : -1]),
+            tokens=sum(values[len(batches) : -2]),
             sequences=[b.tokens_BT.shape[0] * self.topology.data for b in batches],
+            bad_samples=values[-2],
             stop=values[-1] > 0,
         )
 
@@ -206,6 +213,7 @@ class _Totals:
     loss_tokens: list[int]
     tokens: int
     sequences: list[int]
+    bad_samples: int
     stop: bool
 
 
