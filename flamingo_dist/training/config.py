@@ -62,7 +62,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
     probe_every: int = 0
-    """Steps between grounding probes; 0 probes at the end alone."""
+    """Steps between grounding probes, the first before training; 0 probes at the end alone."""
     probe_batches: int = 2
     """Held-out batches per data set and probe."""
 

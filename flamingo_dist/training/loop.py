@@ -124,10 +124,12 @@ class TrainLoop:
         resumed = self.resume(resume)
         done = resumed or 0
         stopped = False
+        if self.config.probe_every and resumed is None:
+            self._record_probe(0)  # with all gates shut: the bare LM, whatever the images
         while done < self.config.steps and not stopped:
             done, stopped = self._iterate(done)
-        if self.probe is not None and not stopped and not self._probe_is_due(done):
-            self.observer.record({"kind": "probe", "step": done, **self.probe()})
+        if not stopped and not self._probe_is_due(done):
+            self._record_probe(done)
         return TrainOutcome(
             status="stopped" if stopped else "finished",
             steps=done,
@@ -154,12 +156,16 @@ class TrainLoop:
             checkpoint_seconds = self._save(done)
         record = self._record(result, data_seconds, checkpoint_seconds, time.perf_counter() - started)
         self.observer.record(record)
-        if self.probe is not None and self._probe_is_due(done):
-            self.observer.record({"kind": "probe", "step": done, **self.probe()})
+        if self._probe_is_due(done):
+            self._record_probe(done)
         return done, result.stop_requested and not is_last
 
     def _probe_is_due(self, done: int) -> bool:
         return bool(self.config.probe_every) and done % self.config.probe_every == 0
+
+    def _record_probe(self, done: int) -> None:
+        if self.probe is not None:
+            self.observer.record({"kind": "probe", "step": done, **self.probe()})
 
     def _save(self, done: int) -> float:
         started = time.perf_counter()

@@ -50,7 +50,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": len(run.steps),
         "last_step": run.steps[-1]["step"] if run.steps else None,
         "skipped_steps": sum(int(step.get("skipped") or 0) for step in run.steps),
-        # A step counts its own rank's bad samples, the quarantine file those of all ranks.
+        # The quarantine file also holds what was found bad before the first step.
         "bad_samples": len(run.quarantine) or sum(int(step.get("bad_samples") or 0) for step in run.steps),
         "final_loss": _latest(run.steps, "loss") or None,
         "final_loss_mean": _final_mean(run),
@@ -59,6 +59,7 @@ def summarise(run: Run) -> dict[str, Any]:
             name: {kind: losses.get(kind) for kind in PROBE_KINDS} for name, losses in held_out.items()
         }
         or None,
+        "step_0_minus_bare_lm_nats": _untrained_difference(run),
         "candidates": _latest(run.probes, "candidates") or None,
         "tokens_per_second": _mean_rate(settled),
         "data_wait_share": _share(settled, "data"),
@@ -80,6 +81,17 @@ def _gap(losses: dict[str, float | None]) -> float | None:
     """Grounding gap of one data set; None where a loss is missing or was not finite (null in the file)."""
     shuffled, true = losses.get("shuffled"), losses.get("true")
     return None if shuffled is None or true is None else shuffled - true
+
+
+def _untrained_difference(run: Run) -> dict[str, float | None] | None:
+    """Held-out loss before the first step minus that of the bare LM; 0 while all gates are shut."""
+    first = next((probe["data"] for probe in run.probes if probe["step"] == 0), None)
+    if first is None:
+        return None
+    pairs = {name: (losses.get("true"), losses.get("gates_off")) for name, losses in first.items()}
+    return {
+        name: None if true is None or bare is None else true - bare for name, (true, bare) in pairs.items()
+    }
 
 
 def _final_mean(run: Run) -> dict[str, float] | None:

@@ -68,7 +68,7 @@ def png(shade: int) -> bytes:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     draw = random.Random(0)
-    records = []
+    records = [probe(0)]
     for number in range(100):
         records.append(step(number, 6 * math.exp(-number / 40) + draw.random()))
         if number % 20 == 19:
@@ -152,6 +152,7 @@ def test_summary(folder: Path) -> None:
         {"true": 3.0, "shuffled": 4.0, "blank": 3 + 100 / 90, "gates_off": 6.1}
     )
     assert summary["candidates"]["pairs"]["top1"] == 0.25
+    assert summary["step_0_minus_bare_lm_nats"] == pytest.approx({"pairs": -1.1, "docs": -1.1})
     assert summary["data_wait_share"] == pytest.approx(0.05)
     assert summary["checkpoint_stall_share"] == pytest.approx(0.05)
     assert summary["tokens_per_second"] == pytest.approx(500)

@@ -33,6 +33,8 @@ SMALL = [
     str(STEPS),
     "--train.checkpoint-every",
     "2",
+    "--train.probe-every",
+    "4",
     "--parallel.tensor",
     "1",
     "--resources.workers",
@@ -108,6 +110,7 @@ def test_a_run_leaves_all_that_it_promises(straight):
     assert summary["steps"] == STEPS
     assert summary["recipe"] == "smoke"
     assert set(summary["grounding_gap_nats"]) == {"held_out"}
+    assert summary["step_0_minus_bare_lm_nats"] == {"held_out": 0.0}
     for key in ("data_wait_share", "checkpoint_stall_share", "tokens_per_second"):
         assert summary[key] >= 0
     assert summary["seconds"]["train"] > 0

@@ -69,8 +69,9 @@ def one_sgd_step(topology: Topology, parallel: ParallelConfig, reduction: str) -
     from tests.flamingo_dist.training.test_parity import whole_weights
 
     before = whole_weights(step, topology)
-    result = step.run(0, tiny.batches(0, topology))
+    result = step.run(0, tiny.batches(0, topology), bad_samples=10**topology.data_rank)
     after = whole_weights(step, topology)
+    assert result.bad_samples == sum(10**rank for rank in range(topology.data))
     return {"norm": result.grad_norm, "update": {n: before[n] - after[n] for n in before}}
 
 
