@@ -109,11 +109,11 @@ class RayDataRunner:
             return
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts what an earlier run did, too
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        rows = ray.data.from_items(
-            [{"task": task} for task in tasks], override_num_blocks=min(len(tasks), _MAX_BLOCKS)
-        )
-        finished = rows.map(lambda row: {"number": step(row["task"])}, num_cpus=1)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # Packed as Ray packs any argument: Arrow has no column of tasks, and says so in a warning.
+        packed = [{"task": ray.cloudpickle.dumps(task)} for task in tasks]
+        rows = ray.data.from_items(packed, override_num_blocks=min(len(tasks), _MAX_BLOCKS))
+        finished = rows.map(lambda row: {"number": step(ray.cloudpickle.loads(row["task"]))}, num_cpus=1)
         with _unwrapped(), Meter(self._console, what, done, done + len(tasks)) as meter:
             for row in finished.iter_rows():
                 meter.advance()

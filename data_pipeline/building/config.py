@@ -159,7 +159,7 @@ class DedupConfig:
     against: tuple[str, ...] = ()
     """Evaluation sets: folders of images, or folders and tars of shards. Images near one of theirs are left
     out (paper: pairs against ImageNet, COCO, OKVQA, VQAv2, Flickr30K, VisDial)."""
-    hash_distance: int = 3
+    hash_distance: int = 4
     """Bits of 64 in which the perceptual hashes of near-duplicates differ at most."""
     documents: bool = True
     """Leave out documents that are near-duplicates of an earlier one (MinHash)."""

@@ -22,6 +22,7 @@ _CELLS = frozenset({"td", "th"})
 _META_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.\-]{1,40})""", re.I)
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _LAZY = ("data-src", "data-original", "data-lazy-src")
+_PARAGRAPH, _LINE = "\x1e", "\x1f"  # controls that no text holds, since they are removed from it
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 
 
@@ -132,43 +133,43 @@ class _Reader:
             attributes = node.attributes
             self._items.append((_source(attributes), " ".join((attributes.get("alt") or "").split())))
         elif tag in _PARAGRAPHS:
-            self._text.append("\n\n")
+            self._text.append(_PARAGRAPH)
             self._pre += tag == "pre"
         elif tag in _LINES:
-            self._text.append("\n")
+            self._text.append(_LINE)
 
     def _leave(self, tag: str) -> None:
         if tag in _PARAGRAPHS:
-            self._text.append("\n\n")
+            self._text.append(_PARAGRAPH)
             self._pre -= tag == "pre"
         elif tag in _LINES:
-            self._text.append("\n")
+            self._text.append(_LINE)
         elif tag in _CELLS:
             self._text.append(" ")
 
     def _add(self, text: str) -> None:
         """Keep text with its white space closed up: only elements end a line, but in `<pre>`."""
+        text = clean_text(text)
         if self._pre:
-            self._text.append(text)
+            self._text.append(text.replace("\n", _LINE))
             return
         closed = " ".join(text.split())
         lead, trail = text[:1].isspace(), text[-1:].isspace()
         self._text.append(" " * lead + closed + " " * (trail and bool(closed)))
 
     def _end_text(self) -> None:
-        text = tidy("".join(self._text))
+        text = _tidy("".join(self._text))
         self._text = []
         if text:
             self._items.append(text)
 
 
-def tidy(text: str) -> str:
-    """Close up spaces in lines, drop empty lines but one between paragraphs, and remove control characters."""
+def _tidy(text: str) -> str:
+    """Close up spaces, drop empty lines and paragraphs; paragraphs are separated by an empty line."""
     paragraphs = []
-    for paragraph in re.split(r"\n[ \t\r]*\n\s*", clean_text(text)):
-        lines = [" ".join(line.split()) for line in paragraph.split("\n")]
-        kept = "\n".join(line for line in lines if line)
-        if kept:
+    for paragraph in text.split(_PARAGRAPH):
+        lines = [" ".join(line.split()) for line in paragraph.split(_LINE)]
+        if kept := "\n".join(line for line in lines if line):
             paragraphs.append(kept)
     return "\n\n".join(paragraphs)
 

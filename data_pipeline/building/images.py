@@ -111,7 +111,7 @@ def perceptual_hash(image: Image.Image) -> int:
     Args:
         image: any mode.
     """
-    small = image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX)
+    small = image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BICUBIC)
     low_KK = _DCT_KN @ np.asarray(small, np.float64) @ _DCT_KN.T
     flat = low_KK.reshape(-1)
     # The constant term is far from all others; rounding keeps the bits equal on every machine.
