@@ -6,15 +6,24 @@ import json
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import ray
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from data_pipeline.building.config import BuildConfig
@@ -48,9 +57,8 @@ def build(arguments: BuildArguments, console: Console | None = None) -> BuildRep
         console: where progress and the report are written.
 
     Raises:
-        ValueError: nothing is left of the sources, or settings contradict each other.
+        ValueError: nothing is left of the sources, or the output folder holds something else.
         FileNotFoundError: a source is not there.
-        FileExistsError: the output folder holds something else.
     """
     console = console or Console(stderr=arguments.json)
     started = time.monotonic()
@@ -113,26 +121,22 @@ class RayDataRunner:
         # Packed as Ray packs any argument: Arrow has no column of tasks, and says so in a warning.
         packed = [{"task": ray.cloudpickle.dumps(task)} for task in tasks]
         rows = ray.data.from_items(packed, override_num_blocks=min(len(tasks), _MAX_BLOCKS))
-        finished = rows.map(lambda row: {"number": step(ray.cloudpickle.loads(row["task"]))}, num_cpus=1)
-        with _unwrapped(), Meter(self._console, what, done, done + len(tasks)) as meter:
+        finished = rows.map(partial(_run_packed, step), num_cpus=1)
+        with Meter(self._console, what, done, done + len(tasks)) as meter:
             for row in finished.iter_rows():
+                if row["fault"]:
+                    raise ray.cloudpickle.loads(row["fault"])
                 meter.advance()
                 yield int(row["number"])
 
 
-@contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Raise what a task raised in place of Ray's wrappers, whose text is a remote traceback."""
+def _run_packed(step: Step, row: dict[str, Any]) -> dict[str, Any]:
+    """Run one task in a worker; what it raises comes back as data, since Ray Data keeps its text alone."""
     try:
-        yield
+        return {"number": step(ray.cloudpickle.loads(row["task"])), "fault": b""}
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            inner = getattr(cause, "cause", None)
-            if isinstance(inner, (ValueError, FileNotFoundError, RuntimeError)):
-                raise inner from None
-            cause = cause.__cause__
-        raise
+        error.add_note(f"in a worker:\n{traceback.format_exc()}")
+        return {"number": -1, "fault": ray.cloudpickle.dumps(error)}
 
 
 class Meter:

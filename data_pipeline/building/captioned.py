@@ -146,7 +146,9 @@ def _parquet(part: Part, tally: Tally) -> Iterator[Captioned]:
         url = row.get("url")
         yield Captioned(
             locator=place,
-            name=f"{part.name.removesuffix('.parquet')}/{row.get('key') or place.rpartition('#')[2]}".replace(".", "_"),
+            name=f"{part.name.removesuffix('.parquet')}/{row.get('key') or place.rpartition('#')[2]}".replace(
+                ".", "_"
+            ),
             caption=str(row.get("caption") or row.get("txt") or ""),
             load=lambda blob=blob: blob,  # type: ignore[misc]
             extension=extension,
@@ -165,7 +167,8 @@ def _clips(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]
         record = next((t for t in (f"{clip}.json", f"{clip}/caption.json") if folder.exists(t)), None)
         try:
             caption, url = _caption(
-                folder.read(text, _MAX_TEXT) if text else None, folder.read(record, _MAX_TEXT) if record else None
+                folder.read(text, _MAX_TEXT) if text else None,
+                folder.read(record, _MAX_TEXT) if record else None,
             )
         except BadSampleError as error:
             tally.drop(error.cause, clip, error.detail)

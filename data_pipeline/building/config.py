@@ -234,7 +234,9 @@ class BuildConfig:
                 f"bytes_per_shard {self.bytes_per_shard}: all must be at least 1"
             )
         if self.images and self.input not in ("obelics", "mmc4"):
-            raise ValueError(f"images {self.images!r} with input {self.input!r}: only obelics and mmc4 take it")
+            raise ValueError(
+                f"images {self.images!r} with input {self.input!r}: only obelics and mmc4 take it"
+            )
 
     @property
     def kind(self) -> str:

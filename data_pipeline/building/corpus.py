@@ -59,7 +59,9 @@ class BuildReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; the same input gives the same ones."""
-        numbers = {name: getattr(self, name) for name in ("kind", "samples", "media", "words", "shards", "bytes")}
+        numbers = {
+            name: getattr(self, name) for name in ("kind", "samples", "media", "words", "shards", "bytes")
+        }
         return numbers | self.tally.to_json()
 
 
@@ -82,8 +84,7 @@ def build_corpus(config: BuildConfig, run: Runner = run_here, *, overwrite: bool
 
     Raises:
         MissingShardError: a source is not there.
-        FileExistsError: the output folder holds something else.
-        ValueError: no sample is left.
+        ValueError: no sample is left, or the output folder holds something else.
     """
     fs, output = fsspec.core.url_to_fs(config.output)
     fs.makedirs(output, exist_ok=True)
@@ -123,7 +124,7 @@ def read_report(config: BuildConfig) -> BuildReport | None:
     """Return the report of a finished corpus, or None where there is none.
 
     Raises:
-        FileExistsError: the folder holds a corpus that was built otherwise.
+        ValueError: the folder holds a corpus that was built otherwise.
     """
     fs, output = fsspec.core.url_to_fs(config.output)
     if not fs.exists(f"{output}/{INDEX_NAME}"):
@@ -132,7 +133,7 @@ def read_report(config: BuildConfig) -> BuildReport | None:
     if fs.exists(f"{output}/{REPORT_NAME}"):
         stored = json.loads(fs.cat_file(f"{output}/{REPORT_NAME}"))
     if stored.get("config") != json.loads(json.dumps(config.identity())):
-        raise FileExistsError(
+        raise ValueError(
             f"{config.output} holds a corpus that was built from other sources or with other settings; "
             "choose another output, or pass overwrite=True (--overwrite)"
         )
@@ -159,7 +160,7 @@ def _open_work(fs: Any, output: str, config: BuildConfig, mark: str) -> str:
         names = [str(path).rpartition("/")[2] for path in fs.ls(output, detail=False)]
         foreign = [name for name in names if name.endswith(".tar")]
         if foreign:
-            raise FileExistsError(
+            raise ValueError(
                 f"{config.output} holds {foreign[0]} and no build of ours; choose another output, or pass "
                 "overwrite=True (--overwrite), which removes its shards"
             )
@@ -167,7 +168,7 @@ def _open_work(fs: Any, output: str, config: BuildConfig, mark: str) -> str:
         put_file(fs, f"{work}/{_STATE}", json.dumps({"fingerprint": mark}).encode())
     stored = json.loads(fs.cat_file(f"{work}/{_STATE}"))
     if stored.get("fingerprint") != mark:
-        raise FileExistsError(
+        raise ValueError(
             f"{config.output} holds an unfinished build with other settings, sources or library versions; "
             "restore those to go on with it, or pass overwrite=True (--overwrite) to begin anew"
         )

@@ -75,9 +75,7 @@ class Filter:
             signature=signature(text, self._config.dedup).astype("<u4").tobytes() if compared else b"",
         )
 
-    def _items(
-        self, document: Document, tally: Tally
-    ) -> tuple[list[dict[str, str]], dict[str, bytes]]:
+    def _items(self, document: Document, tally: Tally) -> tuple[list[dict[str, str]], dict[str, bytes]]:
         """Keep the images that pass, each file once, and join texts between which an image was left out."""
         items: list[dict[str, str]] = []
         images: dict[str, bytes] = {}

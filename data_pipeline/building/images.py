@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.building.config import ImageConfig
 from data_pipeline.errors import BadSampleError
@@ -56,13 +57,13 @@ def check_image(blob: bytes, config: ImageConfig, *, hashed: bool = True) -> Che
             plain = _plain(image)
         except BadSampleError:
             raise
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise BadSampleError("no image of a known format", f"begins with {blob[:8]!r}") from error
         except Image.DecompressionBombError as error:
             raise BadSampleError("too many pixels", str(error)) from error
         except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
             raise BadSampleError("corrupt image", f"{type(error).__name__}: {error}"[:200]) from error
-    spans = [high - low for low, high in plain.getextrema()]  # type: ignore[misc,operator]  # RGB: one pair a band
+    spans = [high - low for low, high in plain.getextrema()]  # type: ignore[misc]  # RGB: one pair a band
     if max(spans) < config.colour_range:
         raise BadSampleError("single colour", f"channels span {spans}")
     return CheckedImage(extension, perceptual_hash(plain) if hashed else 0)
@@ -82,7 +83,9 @@ def _check_size(width: int, height: int, config: ImageConfig) -> None:
 def _plain(image: Image.Image) -> Image.Image:
     """Decode to upright RGB; transparent parts become white, as training shows them."""
     if image.format == "JPEG" and image.mode == "RGB":
-        image.draft("RGB", (_DECODE_SIDE, _DECODE_SIDE))  # the decoder shrinks as it goes, and still reads all
+        image.draft(
+            "RGB", (_DECODE_SIDE, _DECODE_SIDE)
+        )  # the decoder shrinks as it goes, and still reads all
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -135,7 +138,7 @@ class HashIndex:
         self._distance = distance
         self._hashes = np.unique(np.fromiter(hashes, np.uint64))
         edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
-        self._chunks = [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self._chunks = [(int(a), int(b)) for a, b in pairwise(edges)]
         self._sorted: list[tuple[np.ndarray, np.ndarray]] = []
         for start, stop in self._chunks:
             values = self._cut(self._hashes, start, stop)

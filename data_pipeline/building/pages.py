@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from urllib.parse import unquote, urlsplit
 
 from data_pipeline.building.config import BuildConfig
@@ -25,9 +26,13 @@ def read_pages(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Docume
             cause = "page too large" if error.cause.startswith("over ") else error.cause
             tally.drop(cause, name, error.detail)
             continue
-        start = _base(name, page.base)
-        items = page_items(page, lambda src, start=start: tree_reader(folder, start, src, config.image.max_bytes))  # type: ignore[misc]
+        resolve = partial(_reader, folder, _base(name, page.base), config.image.max_bytes)
+        items = page_items(page, resolve)
         yield Document(locator=name, name=posixpath.splitext(name)[0], items=items)
+
+
+def _reader(folder: Folder, start: str, max_bytes: int, src: str) -> Callable[[], bytes]:
+    return tree_reader(folder, start, src, max_bytes)
 
 
 def _base(page: str, base: str) -> str:

@@ -52,7 +52,9 @@ def plan_parts(config: BuildConfig) -> list[Part]:
     for source in config.sources:
         found = list(_pieces(config, source))
         if not found:
-            raise MissingShardError(f"{source} holds nothing that input {config.input!r} reads: {_wanted(config)}")
+            raise MissingShardError(
+                f"{source} holds nothing that input {config.input!r} reads: {_wanted(config)}"
+            )
         pieces += found
     return [Part(number=number, **piece) for number, piece in enumerate(pieces)]
 
@@ -118,7 +120,7 @@ def _clips(config: BuildConfig, folder: str, sizes: dict[str, int]) -> Iterator[
 
 
 def _file(fs: Any, folder: str, name: str, size: int) -> Iterator[dict[str, Any]]:
-    """A file of records is one part; a parquet file is one for each row group."""
+    """Take a file of records as one part, a parquet file as one for each row group."""
     url = f"{folder}/{name}"
     if not name.endswith(".parquet"):
         yield {"source": url, "name": name, "size": size}
@@ -140,7 +142,9 @@ def _captioned(config: BuildConfig, fs: Any, folder: str, sizes: dict[str, int])
     if tars:
         return
     texts = {name.rpartition(".")[0] for name in sizes if name.endswith((".txt", ".json"))}
-    ours = {n: s for n, s in sizes.items() if not n.endswith((".txt", ".json")) and n.rpartition(".")[0] in texts}
+    ours = {
+        n: s for n, s in sizes.items() if not n.endswith((".txt", ".json")) and n.rpartition(".")[0] in texts
+    }
     ours = {n: s for n, s in ours.items() if not n.endswith(".parquet")}
     yield from _groups(config, folder, ours)
     if not ours and config.input == "pairs":

@@ -25,7 +25,7 @@ MAX_DUPLICATES = {
 }
 MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 MAX_DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-_BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*", "·", "–")
+_BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*", "·", "\u2013")
 _ELLIPSES = ("...", "…")
 _LETTERS = re.compile(r"[^\W\d_]")
 _DETECTED_CHARS = 4000
@@ -41,7 +41,12 @@ def text_fault(text: str, config: TextConfig) -> tuple[str, str] | None:
     if len(text) > config.max_chars:
         return f"over {config.max_chars} characters", str(len(text))
     words = text.split()
-    if config.languages and (fault := language_fault(text, config.languages, config.min_language_probability)):
+    # Length first: of a few words no language can be told.
+    if config.quality and (fault := length_fault(words, config)):
+        return fault
+    if config.languages and (
+        fault := language_fault(text, config.languages, config.min_language_probability)
+    ):
         return fault
     if config.quality and (fault := quality_fault(text, words, config)):
         return fault
@@ -79,13 +84,18 @@ def language_fault(text: str, languages: Sequence[str], least: float) -> tuple[s
     return None
 
 
+def length_fault(words: Sequence[str], config: TextConfig) -> tuple[str, str] | None:
+    """Apply the limits of a document's length in words."""
+    if len(words) < config.min_words:
+        return f"under {config.min_words} words", str(len(words))
+    if len(words) > config.max_words:
+        return f"over {config.max_words} words", str(len(words))
+    return None
+
+
 def quality_fault(text: str, words: Sequence[str], config: TextConfig) -> tuple[str, str] | None:
-    """Apply the quality rules to a text and its words."""
+    """Apply the quality rules to a text and its words, but those of length."""
     count = len(words)
-    if count < config.min_words:
-        return f"under {config.min_words} words", str(count)
-    if count > config.max_words:
-        return f"over {config.max_words} words", str(count)
     length = sum(map(len, words)) / max(1, count)
     if not WORD_LENGTH[0] <= length <= WORD_LENGTH[1]:
         return "mean word length outside 3 to 10", f"{length:.1f}"

@@ -32,7 +32,9 @@ def check_video(blob: bytes, extension: str, config: BuildConfig) -> str:
     """
     extension = extension.lower()
     if extension not in VIDEO_EXTENSIONS:
-        raise BadSampleError("no video of a known format", f".{extension}; known: {', '.join(VIDEO_EXTENSIONS)}")
+        raise BadSampleError(
+            "no video of a known format", f".{extension}; known: {', '.join(VIDEO_EXTENSIONS)}"
+        )
     if len(blob) > config.video.max_bytes:
         raise BadSampleError(f"over {config.video.max_bytes} bytes", f"{len(blob)}")
     try:

@@ -46,9 +46,9 @@ class WarcImages:
                 if record.rec_type == "revisit" and digest:
                     repeats.append((address, digest))
                 elif _is_whole(record) and _content_type(record)[0].startswith("image/"):
-                    self._offsets.setdefault(_plain(address), archive.get_record_offset())
+                    self._offsets.setdefault(_plain(address), archive.offset)
                     if digest:
-                        digests.setdefault(digest, archive.get_record_offset())
+                        digests.setdefault(digest, archive.offset)
         for address, digest in repeats:
             if digest in digests:
                 self._offsets.setdefault(_plain(address), digests[digest])
@@ -87,7 +87,9 @@ class WarcImages:
         except BadSampleError:
             raise
         except _RECORD_FAULTS as error:
-            raise BadSampleError("corrupt image", f"{address[:200]}: {type(error).__name__}: {error}") from error
+            raise BadSampleError(
+                "corrupt image", f"{address[:200]}: {type(error).__name__}: {error}"
+            ) from error
         return blob
 
 
@@ -120,7 +122,7 @@ def read_warc(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Documen
         while True:
             try:
                 record = next(records, None)
-                place = archive.get_record_offset() if record is not None else place
+                place = archive.offset if record is not None else place
             except _RECORD_FAULTS as error:
                 detail = f"{type(error).__name__}: {str(error).strip()[:200]}"
                 tally.drop("damaged archive", f"{part.name}, after the record at byte {place}", detail)

@@ -14,19 +14,20 @@ from data_pipeline.building.corpus import BuildReport, Runner, build_corpus, run
 from data_pipeline.index import open_index
 from data_pipeline.reading import SampleReader
 
-_ADJECTIVES = (
+_ADJECTIVES_TEXT = (
     "old young careful broken wooden quiet orange northern ripe dark bright heavy narrow famous gentle empty "
     "golden rusty curious tall frozen crowded simple distant clever dusty noisy patient modern ancient shallow"
-).split()
-_NOUNS = (
+)
+_NOUNS_TEXT = (
     "fisherman engineer neighbour museum gardener train painter baker teacher lighthouse boat clock kite map "
     "basket letter engine field recipe lamp bridge photograph harbour market storm mountain kitchen window "
     "library violin station village island forest castle farmer doctor captain river garden horse ladder"
-).split()
-_VERBS = (
+)
+_VERBS_TEXT = (
     "watched repaired described carried discovered remembered sketched borrowed returned polished measured "
     "forgot admired followed collected painted opened visited explained lifted guarded noticed moved found"
-).split()
+)
+_ADJECTIVES, _NOUNS, _VERBS = (t.split() for t in (_ADJECTIVES_TEXT, _NOUNS_TEXT, _VERBS_TEXT))
 _JOINTS = ("before", "while", "because", "although", "after", "until", "and then", "but")
 
 

@@ -34,7 +34,12 @@ def img2dataset_tar(folder: Path, count: int = 5) -> Path:
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for number in range(count):
             key = f"{number:09d}"
-            meta = {"url": f"http://a.org/{number}.jpg", "caption": f"picture {number}", "key": key, "status": "success"}
+            meta = {
+                "url": f"http://a.org/{number}.jpg",
+                "caption": f"picture {number}",
+                "key": key,
+                "status": "success",
+            }
             add(tar, f"{key}.jpg", picture(number, form="JPEG"))
             add(tar, f"{key}.json", json.dumps(meta).encode())
             add(tar, f"{key}.txt", f"picture {number}\n".encode())
@@ -49,8 +54,14 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
     corpus = read_corpus(tmp_path / "out")
     key, members = next(iter(corpus.items()))
     assert key.startswith("00000/000000000-")
-    assert members == {"jpg": picture(0, form="JPEG"), "txt": b"picture 0", "json": b'{"url":"http://a.org/0.jpg"}'}
-    data = DatasetConfig(name="p", kind="pair", urls=(str(tmp_path / "out"),), batch_size=5, seq_len=32, image_size=32)
+    assert members == {
+        "jpg": picture(0, form="JPEG"),
+        "txt": b"picture 0",
+        "json": b'{"url":"http://a.org/0.jpg"}',
+    }
+    data = DatasetConfig(
+        name="p", kind="pair", urls=(str(tmp_path / "out"),), batch_size=5, seq_len=32, image_size=32
+    )
     assert not DatasetStream(data, TokenizerConfig(), 0).batch(0).skips
 
 
@@ -66,7 +77,9 @@ def test_img2dataset_files_and_parquet_give_the_same_pairs(tmp_path: Path) -> No
         if number % 2:
             stem.with_suffix(".txt").write_text(f"picture {number}")
         rows.append({"key": f"{number:09d}", "jpg": blob, "caption": f"picture {number}", "url": meta["url"]})
-    rows.append({"key": "9", "jpg": None, "caption": "lost", "url": "http://a.org/9", "status": "failed_to_download"})
+    rows.append(
+        {"key": "9", "jpg": None, "caption": "lost", "url": "http://a.org/9", "status": "failed_to_download"}
+    )
     (tmp_path / "p").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p" / "00000.parquet")
     build(tmp_path / "f", tmp_path / "outf", input="pairs")
@@ -105,7 +118,11 @@ def test_pairs_are_filtered_by_cause(tmp_path: Path) -> None:
         "single colour": 1,
         "corrupt image": 1,
     }
-    assert [m["txt"] for m in read_corpus(tmp_path / "out").values()] == [b"a red thing", b"withnul", b"from a list"]
+    assert [m["txt"] for m in read_corpus(tmp_path / "out").values()] == [
+        b"a red thing",
+        b"withnul",
+        b"from a list",
+    ]
 
 
 def test_a_cut_tar_gives_what_stands_before_the_cut(tmp_path: Path) -> None:
@@ -134,7 +151,12 @@ def test_near_duplicates_of_evaluation_images_are_left_out(tmp_path: Path) -> No
         build(folder, tmp_path / "o2", input="pairs", dedup=DedupConfig(against=(str(tmp_path / "no"),)))
     (tmp_path / "hollow").mkdir()
     with pytest.raises(MissingShardError, match="no image that can be read"):
-        build(folder, tmp_path / "o3", input="pairs", dedup=DedupConfig(against=(against[0], str(tmp_path / "hollow"))))
+        build(
+            folder,
+            tmp_path / "o3",
+            input="pairs",
+            dedup=DedupConfig(against=(against[0], str(tmp_path / "hollow"))),
+        )
 
 
 def test_video2dataset_tars(tmp_path: Path) -> None:
@@ -150,7 +172,11 @@ def test_video2dataset_tars(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "in" / "00000.tar", "w") as tar:
         for key, (extension, blob) in clips.items():
             add(tar, f"{key}.{extension}", blob)
-            add(tar, f"{key}.json", json.dumps({"caption": f"clip {key}", "url": "http://v.org", "status": "success"}).encode())
+            add(
+                tar,
+                f"{key}.json",
+                json.dumps({"caption": f"clip {key}", "url": "http://v.org", "status": "success"}).encode(),
+            )
             add(tar, f"{key}.txt", f"clip {key}".encode())
     report = build(
         tmp_path / "in", tmp_path / "out", input="videos", image=SMALL, video=VideoConfig(max_seconds=3.0)
@@ -160,10 +186,22 @@ def test_video2dataset_tars(tmp_path: Path) -> None:
     members = next(iter(read_corpus(tmp_path / "out").values()))
     assert (members["mp4"], members["txt"]) == (clips["ok"][1], b"clip ok")
     data = DatasetConfig(
-        name="v", kind="video", urls=(str(tmp_path / "out"),), batch_size=2, seq_len=32, frames=4, image_size=32
+        name="v",
+        kind="video",
+        urls=(str(tmp_path / "out"),),
+        batch_size=2,
+        seq_len=32,
+        frames=4,
+        image_size=32,
     )
     assert not DatasetStream(data, TokenizerConfig(), 0).batch(0).skips
-    strict = build(tmp_path / "in", tmp_path / "o2", input="videos", image=SMALL, video=VideoConfig(max_bytes=clips["ok"][1].__len__()))
+    strict = build(
+        tmp_path / "in",
+        tmp_path / "o2",
+        input="videos",
+        image=SMALL,
+        video=VideoConfig(max_bytes=clips["ok"][1].__len__()),
+    )
     assert any(cause.startswith("over ") or cause == "too large" for cause in strict.tally.documents)
 
 

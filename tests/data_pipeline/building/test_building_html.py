@@ -100,7 +100,13 @@ def test_a_tree_becomes_documents_that_training_reads(tmp_path: Path) -> None:
     from data_pipeline.tokenizer import TokenizerConfig
 
     data = DatasetConfig(
-        name="d", kind="interleaved", urls=(str(tmp_path / "out"),), batch_size=6, seq_len=64, max_media=2, image_size=32
+        name="d",
+        kind="interleaved",
+        urls=(str(tmp_path / "out"),),
+        batch_size=6,
+        seq_len=64,
+        max_media=2,
+        image_size=32,
     )
     batch = DatasetStream(data, TokenizerConfig(), 0).batch(0)
     assert not batch.skips
@@ -120,7 +126,12 @@ def test_references_stay_inside_the_tree(tmp_path: Path) -> None:
     inline = base64.b64encode(picture(5)).decode()
     sources = (
         *("../../secret.png", "..%2f..%2fsecret.png", "/../secret.png", "../link.png", "..\\..\\secret.png"),
-        *(f"file://{tmp_path}/secret.png", f"{tmp_path}/secret.png", "http://elsewhere.org/x.png", "a\0b.png"),
+        *(
+            f"file://{tmp_path}/secret.png",
+            f"{tmp_path}/secret.png",
+            "http://elsewhere.org/x.png",
+            "a\0b.png",
+        ),
         *("http://[bad/x.png", "javascript:alert(1)", "", "x" * 5000 + ".png", "."),
         *("../ok.png", "/ok.png?v=2#top", "sp%20ace.png", "https://mirror.org/i/m.png"),
         f"data:image/png;base64,{inline}",
@@ -171,13 +182,17 @@ def test_images_are_filtered_and_texts_joined(tmp_path: Path) -> None:
 def test_documents_are_filtered_and_every_image_is_accounted_for(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", pages=3)
     image = "<img src=section0/images/p0-0.png>"
-    (root / "de.html").write_text(page("Der alte Mann ging langsam durch den Wald und sah die Vögel. " * 9, image))
+    (root / "de.html").write_text(
+        page("Der alte Mann ging langsam durch den Wald und sah die Vögel. " * 9, image)
+    )
     (root / "short.html").write_text(page("The end of it and that is all.", image))
     (root / "bare.html").write_text(page(english(7)))
     (root / "gone.html").write_text(page(english(8), "<img src=gone.png>"))
     (root / "empty.html").write_text("")
     (root / "again.html").write_text(page(*[english(9, 3)] * 6, image))
-    (root / "copy.html").write_bytes((root / "section0" / "page0.html").read_bytes().replace(b"images/", b"section0/images/"))
+    (root / "copy.html").write_bytes(
+        (root / "section0" / "page0.html").read_bytes().replace(b"images/", b"section0/images/")
+    )
     report = build(root, tmp_path / "out", samples_per_part=3)
     assert dict(report.tally.documents) == {
         "language": 1,

@@ -37,9 +37,24 @@ def obelics_row(number: int) -> dict[str, Any]:
 def mmc4_row(number: int) -> dict[str, Any]:
     sentences = english(number).split(". ")
     infos = [
-        {"image_name": f"a{number}.png", "raw_url": "http://x.org/y.png", "matched_text_index": 1, "matched_sim": 0.3},
-        {"image_name": "low.png", "raw_url": "http://x.org/l.png", "matched_text_index": 2, "matched_sim": 0.1},
-        {"image_name": "gone.png", "raw_url": "http://x.org/g.png", "matched_text_index": 2, "matched_sim": 0.5},
+        {
+            "image_name": f"a{number}.png",
+            "raw_url": "http://x.org/y.png",
+            "matched_text_index": 1,
+            "matched_sim": 0.3,
+        },
+        {
+            "image_name": "low.png",
+            "raw_url": "http://x.org/l.png",
+            "matched_text_index": 2,
+            "matched_sim": 0.1,
+        },
+        {
+            "image_name": "gone.png",
+            "raw_url": "http://x.org/g.png",
+            "matched_text_index": 2,
+            "matched_sim": 0.5,
+        },
     ]
     return {"url": f"http://page.org/{number}", "text_list": sentences, "image_info": infos}
 
@@ -119,7 +134,9 @@ def test_images_from_tars_that_img2dataset_wrote(tmp_path: Path) -> None:
         for number in range(5):
             url = f"https://img.org/a/{number}.png"
             meta = {"url": url, "key": f"{number:09d}", "status": "success"}
-            writer.write(f"{number:09d}", {"jpg": picture(number, form="JPEG"), "json": json.dumps(meta).encode()})
+            writer.write(
+                f"{number:09d}", {"jpg": picture(number, form="JPEG"), "json": json.dumps(meta).encode()}
+            )
         writer.write("bad", {"jpg": b"", "json": b"{"})
     (tmp_path / "j").mkdir()
     (tmp_path / "j" / "rows.jsonl").write_text("\n".join(json.dumps(obelics_row(n)) for n in range(5)))
@@ -139,7 +156,9 @@ def test_broken_records_are_counted_and_passed_over(tmp_path: Path) -> None:
         json.dumps({}),
         "[" * 100_000,
         "",
-        json.dumps({**obelics_row(1), "images": [None, "https://img.org/../../secret.png", 7, {"bytes": None}]}),
+        json.dumps(
+            {**obelics_row(1), "images": [None, "https://img.org/../../secret.png", 7, {"bytes": None}]}
+        ),
         json.dumps({**obelics_row(2), "general_metadata": "{"}),
     ]
     (tmp_path / "j").mkdir()

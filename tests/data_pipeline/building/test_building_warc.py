@@ -33,7 +33,9 @@ def response(
     headers: Sequence[tuple[str, str]] = (),
 ) -> None:
     lines = StatusAndHeaders(status, [("Content-Type", content_type), *headers], protocol="HTTP/1.1")
-    writer.write_record(writer.create_warc_record(url, "response", payload=io.BytesIO(body), http_headers=lines))
+    writer.write_record(
+        writer.create_warc_record(url, "response", payload=io.BytesIO(body), http_headers=lines)
+    )
 
 
 def write_warc(path: Path, *, gzip: bool = True, pages: int = 3) -> Path:
@@ -61,7 +63,9 @@ def test_pages_and_their_images_come_from_the_records(tmp_path: Path, gzip: bool
     assert (report.samples, report.media) == (3, 3)
     corpus = read_corpus(tmp_path / "out")
     assert [m["0.png"] for m in corpus.values()] == [picture(n) for n in range(3)]
-    assert [d["url"] for d in documents(tmp_path / "out")] == [f"https://site.org/p/{n}.html" for n in range(3)]
+    assert [d["url"] for d in documents(tmp_path / "out")] == [
+        f"https://site.org/p/{n}.html" for n in range(3)
+    ]
     assert [i.get("text", "")[:20] for i in documents(tmp_path / "out")[0]["items"]] == [
         english(0)[:20],
         "",
@@ -69,7 +73,9 @@ def test_pages_and_their_images_come_from_the_records(tmp_path: Path, gzip: bool
     ]
     assert next(iter(corpus)).startswith("site_org/p/0-")
     build(path, tmp_path / "one", input="warc")
-    assert (tmp_path / "one" / "shard-000000.tar").read_bytes() == (tmp_path / "out" / "shard-000000.tar").read_bytes()
+    assert (tmp_path / "one" / "shard-000000.tar").read_bytes() == (
+        tmp_path / "out" / "shard-000000.tar"
+    ).read_bytes()
 
 
 def body_of(tmp_path: Path, *tags: str, add: Any = lambda writer: None, **changes: Any) -> Any:
@@ -79,7 +85,9 @@ def body_of(tmp_path: Path, *tags: str, add: Any = lambda writer: None, **change
     with path.open("wb") as file:
         writer = WARCWriter(file, gzip=True)
         response(writer, "http://a.org/ok.png", picture(99))
-        response(writer, "http://a.org/d/page.html", page(english(1), "<img src=/ok.png>", *tags).encode(), HTML)
+        response(
+            writer, "http://a.org/d/page.html", page(english(1), "<img src=/ok.png>", *tags).encode(), HTML
+        )
         add(writer)
     report = build(tmp_path / "w", tmp_path / "out", input="warc", **changes)
     (members,) = read_corpus(tmp_path / "out").values()
@@ -98,11 +106,24 @@ def test_images_that_the_archive_does_not_hold_are_never_fetched(tmp_path: Path)
 
     tags = [
         f'<img src="{src}">'
-        for src in ("/404.png", "/text.png", "/plain.png", "/cut.png", f"file://{secret}", "http://127.0.0.1:9/x.png", "")
+        for src in (
+            "/404.png",
+            "/text.png",
+            "/plain.png",
+            "/cut.png",
+            f"file://{secret}",
+            "http://127.0.0.1:9/x.png",
+            "",
+        )
     ]
     report, images = body_of(tmp_path, *tags, add=add)
     assert images == [picture(99)]
-    assert report.tally.images == {"not in the sources": 4, "single colour": 1, "corrupt image": 1, "bad address": 1}
+    assert report.tally.images == {
+        "not in the sources": 4,
+        "single colour": 1,
+        "corrupt image": 1,
+        "bad address": 1,
+    }
 
 
 def test_base_addresses_resources_revisits_and_encodings(tmp_path: Path) -> None:
@@ -111,11 +132,17 @@ def test_base_addresses_resources_revisits_and_encodings(tmp_path: Path) -> None
     def add(writer: WARCWriter) -> None:
         response(writer, "http://cdn.org/x/rel.png", picture(1))
         resource = writer.create_warc_record(
-            "http://cdn.org/res.png", "resource", payload=io.BytesIO(picture(2)), warc_content_type="image/png"
+            "http://cdn.org/res.png",
+            "resource",
+            payload=io.BytesIO(picture(2)),
+            warc_content_type="image/png",
         )
         writer.write_record(resource)
         response(
-            writer, "http://cdn.org/packed.png", gzip.compress(picture(3)), headers=[("Content-Encoding", "gzip")]
+            writer,
+            "http://cdn.org/packed.png",
+            gzip.compress(picture(3)),
+            headers=[("Content-Encoding", "gzip")],
         )
         first = writer.create_warc_record(
             "http://cdn.org/first.png",
@@ -148,7 +175,11 @@ def test_bombs_in_records_are_cut_off(tmp_path: Path) -> None:
         response(writer, "http://a.org/big.html", packed, HTML, headers=[("Content-Encoding", "gzip")])
 
     report, _ = body_of(
-        tmp_path, "<img src=/bomb.png>", add=add, html=HtmlConfig(max_bytes=1 << 16), image=ImageConfig(max_bytes=1 << 16)
+        tmp_path,
+        "<img src=/bomb.png>",
+        add=add,
+        html=HtmlConfig(max_bytes=1 << 16),
+        image=ImageConfig(max_bytes=1 << 16),
     )
     assert report.tally.images == {"over 65536 bytes": 1}
     assert report.tally.documents == {"page too large": 1}
@@ -162,16 +193,12 @@ def test_a_damaged_archive_gives_what_stands_before_the_damage(tmp_path: Path, d
     broken = whole[:place] if damage == "cut" else whole[:place] + b"\xff" * 64 + whole[place + 64 :]
     (tmp_path / "w" / "b.warc.gz").write_bytes(broken)
     write_warc(tmp_path / "w" / "c.warc.gz", pages=1)
-    report = build(tmp_path / "w", tmp_path / "out", input="warc", text=None or _any_text())
+    report = build(tmp_path / "w", tmp_path / "out", input="warc")
     assert 2 <= report.samples - 1 < 6
     if damage == "garbled":
-        assert sum(report.tally.documents[c] for c in ("damaged archive", "damaged page", "no image left")) >= 1
-
-
-def _any_text() -> Any:
-    from data_pipeline.building.config import TextConfig
-
-    return TextConfig()
+        assert (
+            sum(report.tally.documents[c] for c in ("damaged archive", "damaged page", "no image left")) >= 1
+        )
 
 
 def test_a_file_that_is_no_archive_is_counted(tmp_path: Path) -> None:
@@ -189,5 +216,7 @@ def test_archives_are_parts_of_their_own(tmp_path: Path) -> None:
 
     report = build(tmp_path / "w", tmp_path / "out", input="warc", dedup=DedupConfig(documents=False))
     assert report.samples == 4, "the same page in two archives has two keys"
-    assert build(tmp_path / "w", tmp_path / "out2", input="warc").tally.documents == {"near-duplicate document": 2}
+    assert build(tmp_path / "w", tmp_path / "out2", input="warc").tally.documents == {
+        "near-duplicate document": 2
+    }
     assert files(tmp_path / "out2") != files(tmp_path / "out")
