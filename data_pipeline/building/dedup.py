@@ -61,13 +61,11 @@ def _candidates(signatures_NP: np.ndarray, bands: int) -> Iterator[tuple[int, in
         part = np.ascontiguousarray(signatures_NP[:, band * rows : (band + 1) * rows])
         keys = part.view(np.dtype((np.void, part.itemsize * rows))).reshape(-1)
         order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        first = int(order[0])
-        for place, is_same in enumerate(same, start=1):
-            if is_same:
-                yield first, int(order[place])
-            else:
-                first = int(order[place])
+        same = np.concatenate([[False], keys[order][1:] == keys[order][:-1]])
+        # The first document of the run of equal keys that each place belongs to.
+        firsts = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))]
+        for place in np.flatnonzero(same):
+            yield int(firsts[place]), int(order[place])
 
 
 def _root(parent: np.ndarray, node: int) -> int:

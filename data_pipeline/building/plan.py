@@ -18,8 +18,8 @@ FORMAT_VERSION = 1
 _PAGES = (".html", ".htm", ".xhtml")
 _ENDINGS: dict[str, tuple[str, ...]] = {
     "warc": (".warc", ".warc.gz"),
-    "obelics": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip", ".parquet"),
-    "mmc4": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zip", ".parquet"),
+    "obelics": (".jsonl", ".jsonl.gz", ".jsonl.zip", ".parquet"),
+    "mmc4": (".jsonl", ".jsonl.gz", ".jsonl.zip", ".parquet"),
 }
 _FRAME_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -19,7 +19,7 @@ def read_rows(part: Part, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows of a part with their places; a broken one is counted and passed over.
 
     Args:
-        part: a `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.jsonl.zip` or `.parquet` file.
+        part: a `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet` file.
         tally: counts broken rows.
     """
     rows = _parquet_rows(part) if part.name.endswith(".parquet") else _json_rows(part, tally)
@@ -52,7 +52,7 @@ def _json_rows(part: Part, tally: Tally) -> Iterator[tuple[str, Any]]:
             place = f"{part.name}#{number}"
             try:
                 line = file.readline(_MAX_LINE)
-            except Exception as error:  # zlib, zipfile, zstandard and EOFError
+            except Exception as error:  # zlib, zipfile and EOFError
                 tally.drop("damaged file", place, f"{type(error).__name__}: {error}"[:200])
                 return
             if not line:

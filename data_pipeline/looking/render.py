@@ -104,7 +104,7 @@ def _card(batch: Batch, b: int, tokenizer: Tokenizer) -> str:
     """Render one sample."""
     tokens_T, loss_T, index_T = batch.tokens_BT[b], batch.loss_mask_BT[b], batch.media_index_BT[b]
     length = _length(tokens_T, loss_T, tokenizer)
-    media = [medium_html(batch.media[b, m], m + 1) for m in np.flatnonzero(batch.media_mask_BM[b])]
+    media = [medium_html(batch.media[b, m], int(m) + 1) for m in np.flatnonzero(batch.media_mask_BM[b])]
     parts: list[str] = []
     shown = 0
     for place in range(length):
