@@ -25,13 +25,17 @@ from data_pipeline.errors import BadSampleError
 class Filter:
     """Applies the filters of a configuration."""
 
-    def __init__(self, config: BuildConfig, evaluation: HashIndex | None = None) -> None:
+    def __init__(
+        self, config: BuildConfig, evaluation: HashIndex | None = None, *, source_number: int = 0
+    ) -> None:
         """Hold the limits.
 
         Args:
             config: the build.
             evaluation: hashes of evaluation images that must not be in the corpus.
+            source_number: place of the source among all; part of the keys but for the first one's.
         """
+        self._prefix = f"{source_number}:" if source_number else ""
         self._config = config
         self._evaluation = evaluation if evaluation is not None and len(evaluation) else None
 
@@ -68,7 +72,7 @@ class Filter:
         words = len(text.split())
         tally.counts.update({"images kept": len(images), "words kept": words})
         return Sample(
-            key=sample_key(document.name, document.locator),
+            key=sample_key(document.name, self._prefix + document.locator),
             members={"json": _json(record), **images},
             words=words,
             media=len(images),
@@ -147,7 +151,9 @@ class Filter:
             members["json"] = _json({"url": found.url})
         words = len(caption.split())
         tally.counts.update({"images kept": 1, "words kept": words})
-        return Sample(key=sample_key(found.name, found.locator), members=members, words=words, media=1)
+        return Sample(
+            key=sample_key(found.name, self._prefix + found.locator), members=members, words=words, media=1
+        )
 
 
 def _place(fault: tuple[str, str], locator: str) -> tuple[str, str, str]:

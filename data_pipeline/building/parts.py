@@ -73,7 +73,8 @@ def build_part(task: PartTask) -> int:
     staging = f"{work}/.{stem}-{attempt}"
     tally = Tally()
     sizes, texts, signatures = [], [], []
-    samples = Filter(task.config, _evaluation(task.work, task.run))
+    evaluation = _evaluation(task.work, task.run)
+    samples = Filter(task.config, evaluation, source_number=task.part.source_number)
     with ShardWriter(_url(fs, staging), max_samples=1 << 60, max_bytes=1 << 60) as writer:
         for found in _reader(task.config)(task.part, task.config, tally):
             sample = samples.apply(found, tally)

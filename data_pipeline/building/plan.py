@@ -32,6 +32,8 @@ class Part:
     """Place in the order of the corpus."""
     source: str
     """Folder or file, as given or found."""
+    source_number: int = 0
+    """Place of the source among all, which tells apart files of the same name in two sources."""
     name: str = ""
     """The file's name below its source; part of the keys, so that a corpus may be moved."""
     members: tuple[str, ...] = ()
@@ -49,8 +51,8 @@ def plan_parts(config: BuildConfig) -> list[Part]:
         MissingShardError: a source is not there, or holds nothing of the kind.
     """
     pieces: list[dict[str, Any]] = []
-    for source in config.sources:
-        found = list(_pieces(config, source))
+    for source_number, source in enumerate(config.sources):
+        found = [{**piece, "source_number": source_number} for piece in _pieces(config, source)]
         if not found:
             raise MissingShardError(
                 f"{source} holds nothing that input {config.input!r} reads: {_wanted(config)}"

@@ -1,5 +1,6 @@
 """A killed build goes on where it was, with equal bytes; another build is never mixed in."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ from tests.data_pipeline.building.building_material import (
     english,
     files,
     page,
+    picture,
+    read_corpus,
     write_tree,
 )
 
@@ -135,6 +138,17 @@ def test_an_unfinished_build_is_never_mixed_with_another(tree: Path, tmp_path: P
     (tmp_path / "foreign" / "theirs.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"theirs\.tar and no build of ours"):
         build(tree, tmp_path / "foreign")
+
+
+def test_files_of_the_same_name_in_two_sources_have_two_keys(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.png").write_bytes(picture(number))
+        (tmp_path / name / "page.html").write_text(page(english(number), "<img src=p.png>"))
+    given = config(tmp_path / "a", tmp_path / "out")
+    both = dataclasses.replace(given, sources=(str(tmp_path / "a"), str(tmp_path / "b")))
+    assert build_corpus(both).samples == 2
+    assert [m["0.png"] for m in read_corpus(tmp_path / "out").values()] == [picture(0), picture(1)]
 
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
