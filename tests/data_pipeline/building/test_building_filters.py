@@ -266,6 +266,8 @@ def test_a_chain_of_duplicates_keeps_its_first() -> None:
         [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 2, 2, 2, 2], [9] * 8], np.uint32
     )
     assert near_duplicates(rows, settings_).tolist() == [False, True, True, False]
+    strict = DedupConfig(permutations=8, bands=4, jaccard=0.6)
+    assert not near_duplicates(rows, strict).any(), "one band in common makes a candidate, not a duplicate"
 
 
 def test_keys_and_text_are_safe() -> None:

@@ -242,9 +242,15 @@ def test_a_tree_on_another_file_system(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for name, blob in files(local).items():
         memory.pipe_file(f"/tree-a/{name}", blob)
+    memory.pipe_file("/secret.png", picture(50))
     from data_pipeline.building.corpus import build_corpus
+    from data_pipeline.building.storage import Folder
     from tests.data_pipeline.building.building_material import config
 
+    for way_out in ("../secret.png", "x/../../secret.png", "/secret.png", ".."):
+        with pytest.raises(BadSampleError, match="path traversal"):
+            Folder("memory://tree-a").read(way_out, 1 << 20)
+    assert Folder("memory://tree-a").read("section0/../section0/images/p0-0.png", 1 << 20) == picture(0)
     build_corpus(config("memory://tree-a", "memory://out-a"))
     build(local, tmp_path / "out")
     here = files(tmp_path / "out")

@@ -79,6 +79,8 @@ def test_every_token_shows_what_it_sees_and_whether_it_carries_loss(tmp_path: Pa
     page = render_page(PageInfo(title=HOSTILE, facts={"kind": "x"}), [batch], BYTES)
     assert HOSTILE not in page, "hostile text is escaped"
     assert "<script" not in page
+    assert "><</span>" not in page
+    assert "&lt;</span>" in page
     assert "default-src 'none'" in page
     assert not re.search(r"(src|href)=(?!\"data:image/jpeg;base64,)", page), (
         "nothing is loaded from elsewhere"
