@@ -67,7 +67,7 @@ class SampleLoader:
                 window_needs_image=config.window_needs_image,
             )
         else:
-            captions = _captions(reader)
+            captions = read_captions(reader)
             text = format_caption(
                 captions[int(rng.integers(len(captions))) if train else 0],
                 self._medium(reader),
@@ -110,7 +110,7 @@ class SampleLoader:
         return decode_image(blob, config, augmentation)[None]
 
 
-def _captions(reader: SampleReader) -> list[str]:
+def read_captions(reader: SampleReader) -> list[str]:
     """Read the alternates of a caption that are not empty; the `.txt` comes first.
 
     Raises:
