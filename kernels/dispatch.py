@@ -4,11 +4,18 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from kernels.choice import dtype_obstacle, use_triton
+from kernels.config import have_triton
 from kernels.gated_xattn import reference as gated_xattn_reference
 from kernels.perceiver_attn import reference as perceiver_attn_reference
+from kernels.perceiver_attn.tiles import MAX_HEAD
 
-Implementation = Literal["auto", "reference"]
-"""`reference` is plain PyTorch on any device; `auto` is the fastest that the device has, today the same."""
+if have_triton:
+    from kernels.perceiver_attn.op import perceiver_attn_op
+
+Implementation = Literal["auto", "reference", "triton"]
+"""`reference` is plain PyTorch on any device; `triton` the kernel, on CUDA or under Triton's interpreter; `auto` the
+kernel on CUDA where it takes the arguments, the reference elsewhere."""
 
 
 def check_implementation(implementation: str) -> None:
@@ -55,6 +62,12 @@ def perceiver_attn(
         [N, R, H, K] in the queries' dtype.
     """
     check_implementation(implementation)
-    return perceiver_attn_reference.perceiver_attn(
-        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ
-    )
+    inputs = (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
+    perceiver_attn_reference.check_shapes(*inputs)
+    obstacle = dtype_obstacle(q_NRHK)
+    if q_NRHK.shape[3] > MAX_HEAD:
+        obstacle = f"the kernel takes heads of up to {MAX_HEAD}, not of {q_NRHK.shape[3]}"
+    if use_triton(implementation, q_NRHK, obstacle):
+        out_NRHK, _ = perceiver_attn_op(*inputs, 0)
+        return out_NRHK
+    return perceiver_attn_reference.perceiver_attn(*inputs)
