@@ -30,8 +30,8 @@ demo: $(STAMP)  ## train and evaluate a tiny Flamingo on this machine, nothing n
 	@$(BIN)/flamingo demo $(ARGS)
 
 .PHONY: test
-test: $(STAMP)  ## run the tests: light ones in parallel, then those that start processes
-	@$(BIN)/python tools/run_tests.py light distributed -- $(ARGS)
+test: $(STAMP)  ## run the tests: light ones, kernels (interpreted, compiled), those that start processes
+	@$(BIN)/python tools/run_tests.py light interpret dry dry-older distributed -- $(ARGS)
 
 .PHONY: test-slurm
 test-slurm: $(STAMP)  ## run the SLURM integration (Debian: slurmctld slurmd slurm-client munge; as root)
