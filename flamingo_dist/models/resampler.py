@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -217,13 +217,18 @@ class PerceiverResampler(nn.Module):
             )
         self.layers = nn.ModuleList(PerceiverLayer(config, dtype=dtype) for _ in range(config.depth))
         self.norm = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+        if config.shared_feature_kv:
+            self.register_forward_pre_hook(_add_anchor, with_kwargs=True)
 
-    def forward(self, features_NFSC: Tensor, frame_mask_NF: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features_NFSC: Tensor, frame_mask_NF: Tensor | None = None, anchor: Tensor | None = None
+    ) -> Tensor:
         """Resample (paper section 3.1.1 and the pseudo-code of appendix A.1.1).
 
         Args:
             features_NFSC: [N, F, S, C] floating features of the vision encoder; an image has F = 1.
             frame_mask_NF: bool [N, F], False for a frame that is padding; None if all are real.
+            anchor: 0-dim zero that a hook passes where ZeRO-3 needs it, see `_add_anchor`; not for callers.
 
         Returns:
             [N, R, E] latents in the dtype of the parameters.
@@ -241,7 +246,8 @@ class PerceiverResampler(nn.Module):
         features = features + interpolate_frames(self.frame_embeddings, frames)[:, None, :]
         features_NJE = features.flatten(1, 2)
         mask_NJ = None if frame_mask_NF is None else frame_mask_NF.repeat_interleave(spatial, dim=1)
-        x_NRE = self.latents.expand(n, -1, -1)
+        latents_RE = self.latents if anchor is None else self.latents + anchor
+        x_NRE = latents_RE.expand(n, -1, -1)
         shared: list[FeatureKV | None] = [None] * len(self.layers)
         if self.config.shared_feature_kv:
             attentions = [cast(PerceiverLayer, layer).attn for layer in self.layers]
@@ -268,12 +274,29 @@ class PerceiverResampler(nn.Module):
             raise ValueError(f"frame_mask_NF is {tuple(frame_mask_NF.shape)}; expected [N, F] = {shape[:2]}.")
 
 
+def _add_anchor(
+    resampler: PerceiverResampler, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the resampler a 0-dim zero that wants a gradient.
+
+    With shared keys and values ZeRO-3 gathers the resampler as one unit, and lets go of its weights when the
+    gradients of the unit's inputs are there. Features of a frozen encoder want none, and DeepSpeed would let go
+    before the backward has begun. The anchor's gradient is the last thing that the unit's backward computes.
+    """
+    latents = resampler.latents
+    anchor = torch.zeros((), dtype=latents.dtype, device=latents.device, requires_grad=torch.is_grad_enabled())
+    # By position: DeepSpeed looks at no other arguments.
+    args += tuple(kwargs.pop(name, None) for name in ("features_NFSC", "frame_mask_NF")[len(args) :])
+    return (*args, anchor), kwargs
+
+
 def shared_feature_kv(features_NJE: Tensor, attentions: Sequence[PerceiverAttention]) -> list[FeatureKV]:
     """Return the features' keys (before the key norm) and values for every layer, from one matrix product.
 
     With x the normalised features before any scale or shift, layer l's keys are
     (x * scale_l + shift_l) Wk_l^T = x (Wk_l * scale_l)^T + Wk_l shift_l, and its values alike: only the weights
-    depend on the layer.
+    depend on the layer. They are read outside of the layers' forward, so ZeRO-3 has to gather the resampler as one
+    unit (`Flamingo.gather_units`).
 
     Args:
         features_NJE: [N, J, E] features of all frames, dtype of the parameters.
@@ -281,17 +304,8 @@ def shared_feature_kv(features_NJE: Tensor, attentions: Sequence[PerceiverAttent
 
     Returns:
         For each layer keys and values, each [N, J, H, K], views of one tensor.
-
-    Raises:
-        RuntimeError: ZeRO-3 has partitioned the layers' weights.
     """
     norms = [attention.norm_features for attention in attentions]
-    if any(attention.k.weight.numel() == 0 for attention in attentions):
-        raise RuntimeError(
-            "shared_feature_kv reads the weights of all layers at once, but ZeRO-3 has partitioned them. Gather "
-            "the resampler as one unit: pass make_engine(..., units=(PerceiverResampler,)), as Flamingo.gather_units "
-            "does, or switch ResamplerConfig.shared_feature_kv off."
-        )
     # Each rank multiplies the scale, the shift and the features with its own heads' weights alone.
     vectors = [[norm.weight] if norm.bias is None else [norm.weight, norm.bias] for norm in norms]
     vectors_LPE = sum_grad_over_tp(torch.stack([torch.stack(layer) for layer in vectors]))
