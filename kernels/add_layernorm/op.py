@@ -155,8 +155,7 @@ def launch_backward(
     width = y.shape[-1]
     rows = y.numel() // width
     block, warps = _row_block(width)
-    # A function of the shape alone, because the order of the sums depends on it.
-    programs = max(1, min(rows, FILL_PROGRAMS // 2 * max(1, 16 // warps)))
+    programs = programs_for(rows, warps)
     rows_a_program = -(-rows // programs)
     separate = _separate(y, a, gate_D)
     dx = y.new_empty(y.shape)
@@ -183,6 +182,18 @@ def launch_backward(
         num_warps=warps,
     )
     return dx, da, partials.sum(1)
+
+
+def programs_for(rows: int, warps: int) -> int:
+    """Return how many programs share the rows of the backward: sixteen warps on every processor.
+
+    A function of the shape alone, because the order of the vectors' sums depends on it.
+
+    Args:
+        rows: number of rows.
+        warps: warps of a program.
+    """
+    return max(1, min(rows, FILL_PROGRAMS // 2 * (16 // warps)))
 
 
 def _separate(y: Tensor, a: Tensor, gate_D: Tensor | None) -> bool:
