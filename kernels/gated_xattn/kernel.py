@@ -4,9 +4,9 @@ A text row sees one image, and an image's latents fit one tile. So a row's softm
 running maximum, no saved statistics), and a program that owns one image and one head owns every row of that image's
 span: one pass writes dq, dk and dv, without atomics.
 
-Letters: B samples of T rows (rows of all samples are numbered 0 .. B*T-1, the spans count in these numbers),
-I images with R latents each, H heads of width K = K1 + K2 (80 is 64 + 16 and 96 is 64 + 32, since a tile's sides are
-powers of two; K2 = 0 elsewhere). Tiles: BLOCK_M rows, BLOCK_R >= R latents.
+Letters: B samples of T rows (the spans count the rows of all samples, 0 .. B*T-1), I images (`IMAGES`) with R latents
+each, H heads of width K = K1 + K2: a tile's sides are powers of two, so 80 is 64 + 16 and 96 is 64 + 32, and K2 is 0
+elsewhere. Tiles: BLOCK_M rows, BLOCK_R >= R latents.
 """
 
 import triton
@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _operand(x):
+def _operand(x: tl.tensor) -> tl.tensor:
     """Return x as the dot products want it: as loaded, or in fp32 under the interpreter."""
     if UPCAST:
         x = x.to(tl.float32)
@@ -29,13 +29,13 @@ def _operand(x):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32."""
+def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return acc + a @ b in fp32."""
     return tl.dot(_operand(a), _operand(b), acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _chunk(start, end, BLOCK_M: tl.constexpr):
+def _chunk(start: tl.tensor, end: tl.tensor, BLOCK_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Return this program's part of rows start .. end-1, which axis 1 of the grid shares in whole tiles."""
     tiles = tl.cdiv(end - start, BLOCK_M)
     rows = tl.cdiv(tiles, tl.num_programs(1)) * BLOCK_M
@@ -44,7 +44,17 @@ def _chunk(start, end, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _zero_rows(x, lo, hi, T, x_b, x_t, BLOCK_M: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):
+def _zero_rows(
+    x: tl.tensor,
+    lo: tl.tensor,
+    hi: tl.tensor,
+    T: tl.tensor,
+    x_b: tl.tensor,
+    x_t: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> None:
     """Write zeros to rows lo .. hi-1 of one head; they may belong to several samples."""
     lo, hi = _chunk(lo, hi, BLOCK_M)
     cols1 = tl.arange(0, K1)
@@ -62,17 +72,39 @@ def _zero_rows(x, lo, hi, T, x_b, x_t, BLOCK_M: tl.constexpr, K1: tl.constexpr, 
 
 @triton.jit
 def _zero_holes(
-    x, spans, image, start, end, I, B, T, x_b, x_t, BLOCK_M: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr
-):
+    x: tl.tensor,
+    spans: tl.tensor,
+    image: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    x_b: tl.tensor,
+    x_t: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> None:
     """Write zeros to the rows between the image before and this one, and after the last image."""
     before = tl.load(spans + image * 2 - 1, mask=image > 0, other=0)
     _zero_rows(x, before, start, T, x_b, x_t, BLOCK_M, K1, K2)
-    if image == I - 1:
+    if image == IMAGES - 1:
         _zero_rows(x, end, B * T, T, x_b, x_t, BLOCK_M, K1, K2)
 
 
 @triton.jit
-def _scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R: tl.constexpr, K2: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q1: tl.tensor,
+    q2: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    qk_scale: tl.tensor,
+    R: tl.tensor,
+    BLOCK_R: tl.constexpr,
+    K2: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """Return exp2(s - max s) and its row sums, for s = q k^T * qk_scale over the R real latents."""
     s = tl.zeros((q1.shape[0], BLOCK_R), tl.float32)
     s = _dot(q1, tl.trans(k1), s, PRECISION)
@@ -86,12 +118,37 @@ def _scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R: tl.constexpr, K2: tl.constexpr
 
 @triton.jit
 def xattn_forward(
-    q, k, v, spans, gate, out,
-    I, B, T, H, R, qk_scale,
-    q_b, q_t, q_h, k_i, k_r, k_h, v_i, v_r, v_h, o_b, o_t, o_h,
-    HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    spans: tl.tensor,
+    gate: tl.tensor,
+    out: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    R: tl.tensor,
+    qk_scale: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_i: tl.tensor,
+    k_r: tl.tensor,
+    k_h: tl.tensor,
+    v_i: tl.tensor,
+    v_r: tl.tensor,
+    v_h: tl.tensor,
+    o_b: tl.tensor,
+    o_t: tl.tensor,
+    o_h: tl.tensor,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
     """One image, one head, one chunk of its span: K and V loaded once, then a loop over tiles of rows.
 
     Pointers: q, out [B, T, H, K]; k, v [I, R, H, K]; spans int [I, 2] contiguous; gate 0-dim or unused. Strides are
@@ -137,18 +194,57 @@ def xattn_forward(
         if K2 > 0:
             o2 = _dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
             tl.store(o_at + cols2[None, :], o2.to(out.dtype.element_ty), mask=inside)
-    _zero_holes(out, spans, image, start, end, I, B, T, o_b, o_t, BLOCK_M, K1, K2)
+    _zero_holes(out, spans, image, start, end, IMAGES, B, T, o_b, o_t, BLOCK_M, K1, K2)
 
 
 @triton.jit
 def xattn_backward(
-    q, k, v, spans, gate, do, dq, dk, dv, dgate,
-    I, B, T, H, R, scale,
-    q_b, q_t, q_h, k_i, k_r, k_h, v_i, v_r, v_h, do_b, do_t, do_h,
-    dq_b, dq_t, dq_h, dk_c, dk_i, dk_r, dk_h, dv_c, dv_i, dv_r, dv_h,
-    HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    spans: tl.tensor,
+    gate: tl.tensor,
+    do: tl.tensor,
+    dq: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    dgate: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    R: tl.tensor,
+    scale: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_i: tl.tensor,
+    k_r: tl.tensor,
+    k_h: tl.tensor,
+    v_i: tl.tensor,
+    v_r: tl.tensor,
+    v_h: tl.tensor,
+    do_b: tl.tensor,
+    do_t: tl.tensor,
+    do_h: tl.tensor,
+    dq_b: tl.tensor,
+    dq_t: tl.tensor,
+    dq_h: tl.tensor,
+    dk_c: tl.tensor,
+    dk_i: tl.tensor,
+    dk_r: tl.tensor,
+    dk_h: tl.tensor,
+    dv_c: tl.tensor,
+    dv_i: tl.tensor,
+    dv_r: tl.tensor,
+    dv_h: tl.tensor,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
     """One image, one head, one chunk of its span: dq of its rows and, over them, dk, dv and the gate's gradient.
 
     Pointers: q, do, dq [B, T, H, K]; k, v [I, R, H, K]; dk, dv [chunks, I, R, H, K] (in fp32 if there are several
@@ -231,12 +327,14 @@ def xattn_backward(
         tl.store(dk_at + cols2[None, :], (dk2 * g_scale).to(dk.dtype.element_ty), mask=real)
         tl.store(dv_at + cols2[None, :], (dv2 * g).to(dv.dtype.element_ty), mask=real)
     if HAS_GATE:
-        tl.store(dgate + chunk * I * H + tl.program_id(0), tl.sum(g_rows))
-    _zero_holes(dq, spans, image, start, end, I, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
+        tl.store(dgate + chunk * IMAGES * H + tl.program_id(0), tl.sum(g_rows))
+    _zero_holes(dq, spans, image, start, end, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
 
 
 @triton.jit
-def sum_chunks(parts, out, n, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_chunks(
+    parts: tl.tensor, out: tl.tensor, n: tl.tensor, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """Sum the chunks' parts, always in the same order. parts: fp32 [CHUNKS, n]; out: [n]. Grid: (cdiv(n, BLOCK),)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -246,7 +344,15 @@ def sum_chunks(parts, out, n, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def media_spans(index, spans, T, M, index_b, index_t, BLOCK_T: tl.constexpr):
+def media_spans(
+    index: tl.tensor,
+    spans: tl.tensor,
+    T: tl.tensor,
+    M: tl.tensor,
+    index_b: tl.tensor,
+    index_t: tl.tensor,
+    BLOCK_T: tl.constexpr,
+) -> None:
     """Turn one medium's media indices into its span. index: int [B, T]; spans: int32 [B * M, 2]. Grid: (B * M,).
 
     A medium that no row sees gets an empty span where its rows would be, so that spans never run backwards.

@@ -3,6 +3,7 @@
 `flamingo::gated_xattn` keeps its inputs alone for the backward pass: no output, no softmax statistics.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _check_spans(spans_I2: Tensor, batch: int, rows: int) -> None:
     flat = spans_I2.flatten().tolist()
     if not flat:
         return
-    if flat[0] < 0 or flat[-1] > batch * rows or any(a > b for a, b in zip(flat, flat[1:], strict=False)):
+    if flat[0] < 0 or flat[-1] > batch * rows or any(a > b for a, b in pairwise(flat)):
         raise ValueError(
             f"spans must not run backwards nor leave 0..{batch * rows}; given {spans_I2.tolist()}."
         )
@@ -358,9 +359,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    gate = ctx.saved_tensors[4]
-    dq, dk, dv, dgate = gated_xattn_backward_op(do, *ctx.saved_tensors)
-    return dq, dk, dv, None, None if gate is None else dgate
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes at the first reading
+    dq, dk, dv, dgate = gated_xattn_backward_op(do, *saved)
+    return dq, dk, dv, None, None if saved[4] is None else dgate
 
 
 gated_xattn_op.register_autograd(_differentiate, setup_context=_save)
