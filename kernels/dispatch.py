@@ -10,6 +10,7 @@ from kernels.perceiver_attn import reference as perceiver_attn_reference
 
 if have_triton:
     from kernels.gated_xattn import op as gated_xattn_op
+    from kernels.perceiver_attn import op as perceiver_attn_op
 
 Implementation = Literal["auto", "reference", "triton"]
 """`reference` is plain PyTorch on any device; `triton` the kernels, or an error where they cannot run; `auto` is
@@ -102,7 +103,9 @@ def perceiver_attn(
     Returns:
         [N, R, H, K] in the queries' dtype.
     """
-    check_implementation(implementation)
-    return perceiver_attn_reference.perceiver_attn(
-        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ
-    )
+    inputs = (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
+    perceiver_attn_reference.check_shapes(*inputs)
+    reason = perceiver_attn_op.unsupported(q_NRHK) if have_triton else None
+    if launches(implementation, "perceiver_attn", q_NRHK, reason):
+        return perceiver_attn_op.perceiver_attn_op(*inputs, 0)[0]
+    return perceiver_attn_reference.perceiver_attn(*inputs)
