@@ -190,7 +190,9 @@ def _expected_relu2(case: Case) -> Expected:
     positive = u.clamp(min=0)
     terms = upstream * positive * positive
     values = (gate * positive * positive, 2 * gate * upstream * positive, terms.sum())
-    return Expected(names=("out", "du", "dgate"), values=values, scales=(*map(_norm, values[:2]), _norm(terms)))
+    return Expected(
+        names=("out", "du", "dgate"), values=values, scales=(*map(_norm, values[:2]), _norm(terms))
+    )
 
 
 def _by_norm(case: Case, outputs: tuple[str, ...], values: tuple[Tensor, ...]) -> Expected:

@@ -96,4 +96,6 @@ def red_ops(junit: Path) -> dict[str, str]:
             failed[op] += bool(outcomes & {"failure", "error"})
             passed[op] += not outcomes & {"failure", "error", "skipped"}
     red = {op: f"{failed[op]} of its tests failed ({junit.name})" for op in OPS if failed[op]}
-    return red | {op: f"no test of it passed ({junit.name})" for op in OPS if not failed[op] and not passed[op]}
+    return red | {
+        op: f"no test of it passed ({junit.name})" for op in OPS if not failed[op] and not passed[op]
+    }

@@ -56,7 +56,9 @@ def compare(
         base = replace(subject.row, contender=contender.name, ours=contender.ours)
         why = red.get(subject.row.op) if contender.ours else None
         if why is not None:
-            rows += [replace(base, mode=mode, status="refused", reason=f"tests are red: {why}") for mode in modes]
+            rows += [
+                replace(base, mode=mode, status="refused", reason=f"tests are red: {why}") for mode in modes
+            ]
             continue
         rows += _one(subject, contender, base, clock, copy_rate, modes)
     return rows
@@ -116,9 +118,7 @@ def _gradients(outputs: Sequence[Tensor], case: Case, *, keep: bool = False) -> 
     )
 
 
-def _timed(
-    subject: Subject, built: Built, row: Row, mode: Mode, clock: Clock, copy_rate: float
-) -> Row:
+def _timed(subject: Subject, built: Built, row: Row, mode: Mode, clock: Clock, copy_rate: float) -> Row:
     case = subject.case
     grad = not built.forward_only
     if mode == "fwd":

@@ -33,9 +33,7 @@ def eager_perceiver(q: Tensor, k_feat: Tensor, v_feat: Tensor, k_lat: Tensor, v_
 
 def sdpa_perceiver(q: Tensor, k_feat: Tensor, v_feat: Tensor, k_lat: Tensor, v_lat: Tensor) -> tuple[Tensor]:
     """Concatenation and torch's fused attention; shapes as in `eager_perceiver`, [N, R, H, K] and [N, J, H, K]."""
-    return (
-        F.scaled_dot_product_attention(*_concatenated(q, k_feat, v_feat, k_lat, v_lat)).transpose(1, 2),
-    )
+    return (F.scaled_dot_product_attention(*_concatenated(q, k_feat, v_feat, k_lat, v_lat)).transpose(1, 2),)
 
 
 def _concatenated(

@@ -112,7 +112,7 @@ def _flex(case: Case, *, block: int, build_mask: bool) -> Built:
     return Built(call=call, note="" if on_gpu else "not compiled", forward_only=why)
 
 
-def _varlen(case: Case, *, holes: bool) -> Built:
+def varlen(case: Case, *, holes: bool) -> Built:
     """B5: FlashAttention-2 over segments; rows without an image are packed away, or segments without keys."""
     if case.device.type != "cuda":
         raise LeftOutError("varlen_attn is FlashAttention-2, which needs CUDA")
@@ -198,7 +198,9 @@ def _padded(case: Case) -> Built:
         out = torch.zeros_like(flat).index_copy(0, rows, out.index_select(0, slots))
         return (out.view_as(q) * gate,)
 
-    note = "spans are equal: a view, no padding" if even else f"padded to {longest} rows, gathered in the call"
+    note = (
+        "spans are equal: a view, no padding" if even else f"padded to {longest} rows, gathered in the call"
+    )
     return Built(call=call, note=note)
 
 
@@ -242,10 +244,12 @@ CONTENDERS = (
     Contender(name="B3 SDPA mask", build=_sdpa),
     Contender(name="B4 Flex 64", build=partial(_flex, block=64, build_mask=False), compiled=True),
     Contender(name="B4 Flex 128", build=partial(_flex, block=128, build_mask=False), compiled=True),
-    Contender(name="B4 Flex 128, mask built", build=partial(_flex, block=128, build_mask=True), compiled=True),
+    Contender(
+        name="B4 Flex 128, mask built", build=partial(_flex, block=128, build_mask=True), compiled=True
+    ),
     Contender(name="B4 Flex 64, mask built", build=partial(_flex, block=64, build_mask=True), compiled=True),
-    Contender(name="B5 varlen FA2", build=partial(_varlen, holes=False)),
-    Contender(name="B5 varlen FA2, empty segments", build=partial(_varlen, holes=True)),
+    Contender(name="B5 varlen FA2", build=partial(varlen, holes=False)),
+    Contender(name="B5 varlen FA2, empty segments", build=partial(varlen, holes=True)),
     Contender(name="B6 padded SDPA", build=_padded),
 )
 """In the order in which they are run: ours first, so that a short budget never times baselines alone."""
