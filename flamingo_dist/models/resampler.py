@@ -284,7 +284,9 @@ def _add_anchor(
     before the backward has begun. The anchor's gradient is the last thing that the unit's backward computes.
     """
     latents = resampler.latents
-    anchor = torch.zeros((), dtype=latents.dtype, device=latents.device, requires_grad=torch.is_grad_enabled())
+    anchor = torch.zeros(
+        (), dtype=latents.dtype, device=latents.device, requires_grad=torch.is_grad_enabled()
+    )
     # By position: DeepSpeed looks at no other arguments.
     args += tuple(kwargs.pop(name, None) for name in ("features_NFSC", "frame_mask_NF")[len(args) :])
     return (*args, anchor), kwargs

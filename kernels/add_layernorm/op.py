@@ -15,6 +15,15 @@ MAX_WIDTH = 8192
 """Widest stream: a row lives in the registers of one program."""
 
 
+def unsupported(x: Tensor, a: Tensor, weight_D: Tensor) -> str | None:
+    """Return why the kernels do not take x and a [..., D] and a weight [D] like these, None if they do."""
+    if not {x.dtype, a.dtype, weight_D.dtype} <= set(DTYPES):
+        return f"the kernel computes on fp32, fp16 and bf16, not on {x.dtype}, {a.dtype} and {weight_D.dtype}"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"the kernel takes rows of up to {MAX_WIDTH}, not of {x.shape[-1]}"
+    return None
+
+
 @torch.library.custom_op("flamingo::add_layernorm", mutates_args=())
 def add_layernorm_op(
     x: Tensor, a: Tensor, weight_D: Tensor, bias_D: Tensor, gate_D: Tensor | None, eps: float

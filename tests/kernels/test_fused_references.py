@@ -28,7 +28,11 @@ def compare(function, naive, inputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_add_layernorm_is_its_definition(gated):
-    inputs = [rand(2, 3, 7, seed=0), rand(2, 3, 7, seed=1), *(rand(7, seed=s) for s in range(2, 5 if gated else 4))]
+    inputs = [
+        rand(2, 3, 7, seed=0),
+        rand(2, 3, 7, seed=1),
+        *(rand(7, seed=s) for s in range(2, 5 if gated else 4)),
+    ]
     compare(dispatched_add_layernorm, add_layernorm.naive, inputs)
 
 
