@@ -309,7 +309,9 @@ def shared_feature_kv(features_NJE: Tensor, attentions: Sequence[PerceiverAttent
     """
     norms = [attention.norm_features for attention in attentions]
     # Each rank multiplies the scale, the shift and the features with its own heads' weights alone.
-    vectors = [[norm.weight] if norm.bias is None else [norm.weight, norm.bias] for norm in norms]
+    vectors: list[list[Tensor]] = [
+        [norm.weight] if norm.bias is None else [norm.weight, norm.bias] for norm in norms
+    ]
     vectors_LPE = sum_grad_over_tp(torch.stack([torch.stack(layer) for layer in vectors]))
     normed_NJE = sum_grad_over_tp(norms[0].without_affine(features_NJE))
     weights_L2IE = torch.stack([torch.stack((a.k.weight, a.v.weight)) for a in attentions])
