@@ -25,7 +25,7 @@ GRID_LIMIT = 65535
 def check_record(record: Record, key: str) -> None:
     """Hold a kernel to what every kernel has to keep."""
     assert record.smem <= SHARED_MEMORY[record.arch]
-    assert not record.spills(), (
+    assert not record.spills, (
         f"{record.name}: {record.stack} bytes of stack, {record.local_ops} local accesses"
     )
     assert record.atomics == 0, "an atomic addition makes sums depend on the order of programs"

@@ -95,8 +95,8 @@ def test_compiles_as_one_graph_and_recomputes(device):
 
 
 MUTANTS = [
-    Mutant("no gate in the result", "h *= tl.load(gate_ptr)", "h *= 0.0 * tl.load(gate_ptr) + 1.0"),
-    Mutant("no gate in du", "scaled *= tl.load(gate_ptr)", "scaled *= 0.0 * tl.load(gate_ptr) + 1.0"),
+    Mutant("no gate in the result", "h *= tl.load(gate_ptr).to(tl.float32)", "h *= 1.0"),
+    Mutant("no gate in du", "scaled *= tl.load(gate_ptr).to(tl.float32)", "scaled *= 1.0"),
     Mutant(
         "gate in its own gradient",
         "tl.sum(scaled * positive)",

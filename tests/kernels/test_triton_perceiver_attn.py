@@ -145,11 +145,6 @@ MUTANTS = [
         "range(R, R, BLOCK_J):\n            rows_L = start + tl.arange(0, BLOCK_J)\n            peak",
     ),
     Mutant(
-        "latents beyond the last are seen",
-        "rows_L < R,\n                skl_r",
-        "rows_L < R + 1,\n                skl_r",
-    ),
-    Mutant(
         "old sums are not rescaled", "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"
     ),
     Mutant(
