@@ -188,6 +188,7 @@ def launch_backward(
         BLOCK_D=block,
         HAS_GATE=gate_D is not None,
         SEPARATE=separate,
+        STAGES=2,
         num_warps=warps,
     )
     return dx, da, partials.sum(1)
