@@ -107,6 +107,8 @@ def backward_kernel(
         normed = tl.where(real, (y - tl.load(mean_ptr + row)) * rstd, 0.0)
         dweight += dz * normed
         dbias += dz
+        if SEPARATE:  # two more results take registers: read the weight again instead of keeping it
+            weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
         dnormed = dz * weight
         along = tl.sum(dnormed * normed) / D
         shift = tl.sum(dnormed) / D

@@ -130,7 +130,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
-    Args and results: as `add_layernorm_op`: [..., D] twice and fp32 [rows] twice.
+    Args and results: as `add_layernorm_op`: shape [..., D] twice and fp32 [rows] twice.
     """
     width = x.shape[-1]
     rows = x.numel() // width
@@ -159,7 +159,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up the programs' sums for the vectors in a fixed order.
 
-    Args and results: as `add_layernorm_backward_op`: [..., D] twice and fp32 [2 or 3, D].
+    Args and results: as `add_layernorm_backward_op`: shape [..., D] twice and fp32 [2 or 3, D].
     """
     width = y.shape[-1]
     rows = y.numel() // width
