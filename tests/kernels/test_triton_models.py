@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock
 from flamingo_dist.models.init import initialize_
 from flamingo_dist.models.resampler import PerceiverResampler, ResamplerConfig
+from flamingo_dist.parallel.topology import Topology
 from tests.kernels.interpreting import poisoned, relative
 
 pytestmark = pytest.mark.modes("interpret", "cuda")
@@ -42,13 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(sizes: dict[str, Any], implementation: str, device: str) -> nn.Module:
+def build(sizes: dict[str, Any], implementation: str, device: str, rank: int = 0, size: int = 1) -> nn.Module:
     module: nn.Module
     if "latents" in sizes:
         module = PerceiverResampler(ResamplerConfig(**sizes, implementation=implementation))
     else:
         module = GatedCrossAttentionBlock(GatedBlockConfig(**sizes, implementation=implementation))
-    initialize_(module, 0)
+    initialize_(module, 0, rank, size)
     return module.to(device)
 
 
@@ -95,3 +96,23 @@ def test_closed_gates_return_the_stream_bit_for_bit(device):
     out.square().sum().backward()
     assert block.gate_attn.grad.any()
     assert block.gate_ffw.grad.any()
+
+
+def results_by_rank(topology: Topology, case: str) -> tuple[int, dict[str, Tensor]]:
+    module = build(CASES[case], "triton", "cpu", topology.tensor_rank, topology.tensor)
+    return topology.tensor_rank, results(module, "cpu")
+
+
+@pytest.mark.parametrize("case", ["resampler, shared K/V and qk norm", "block", "block with a vector gate"])
+def test_two_tensor_parallel_ranks_agree_with_the_reference(case, ranks, device):
+    if device == "cuda":
+        pytest.skip("the ranks of the tests are CPU processes; on the interpreter alone")
+    whole = build(CASES[case], "reference", device)
+    dims = {name: param.flamingo_tag.partition_dim for name, param in whole.named_parameters()}
+    by_rank = dict(ranks.run(results_by_rank, case, world=2, tensor=2))
+    for name, want in results(whole, device).items():
+        parts = [by_rank[rank][name] for rank in range(2)]
+        dim = dims.get(name)
+        for got in [torch.cat(parts, dim=dim)] if dim is not None else parts:
+            if "k_norm.bias" not in name:
+                assert relative(got, want) < 1e-5, name
