@@ -48,9 +48,13 @@ def plain(ranks):
     return result
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_zero_gathers_at_once(shared):
-    with torch.device("meta"):
-        units = Flamingo(network(shared=shared), dtype=torch.float32).gather_units
-    assert (PerceiverResampler in units) == shared
-    assert (PerceiverLayer in units) != shared
+def gathered_at_once(topology: Topology, shared: bool) -> tuple[type, ...]:
+    return Flamingo(network(shared=shared), dtype=torch.float32).gather_units
+
+
+@pytest.mark.distributed
+def test_what_zero_gathers_at_once(ranks):
+    for shared in (False, True):
+        (units,) = ranks.run(gathered_at_once, shared, world=1)
+        assert (PerceiverResampler in units) == shared
+        assert (PerceiverLayer in units) != shared
