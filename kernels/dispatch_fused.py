@@ -3,16 +3,13 @@
 from torch import Tensor
 
 from kernels.add_layernorm import reference as add_layernorm_reference
-from kernels.choice import dtype_obstacle, use_triton
 from kernels.config import have_triton
-from kernels.dispatch import Implementation, check_implementation
+from kernels.dispatch import Implementation, launches
 from kernels.gated_relu2 import reference as gated_relu2_reference
 
 if have_triton:
-    from kernels.add_layernorm.op import MAX_WIDTH, add_layernorm_op
-    from kernels.gated_relu2.op import gated_relu2_op
-else:
-    MAX_WIDTH = 0
+    from kernels.add_layernorm import op as add_layernorm_op
+    from kernels.gated_relu2 import op as gated_relu2_op
 
 
 def add_layernorm(
@@ -30,13 +27,10 @@ def add_layernorm(
     Returns:
         y = x + gate * a, [..., D] in the dtype of `x`, and LayerNorm(y), [..., D] in the dtype of `weight_D`.
     """
-    check_implementation(implementation)
     add_layernorm_reference.check_shapes(x, a, weight_D, bias_D, gate_D)
-    obstacle = dtype_obstacle(x, a, weight_D, gate_D)
-    if x.shape[-1] > MAX_WIDTH:
-        obstacle = f"the kernel takes rows of up to {MAX_WIDTH}, not of {x.shape[-1]}"
-    if use_triton(implementation, x, obstacle):
-        y, z, _, _ = add_layernorm_op(x, a, weight_D, bias_D, gate_D, eps)
+    reason = add_layernorm_op.unsupported(x, a, weight_D) if have_triton else None
+    if launches(implementation, "add_layernorm", x, reason):
+        y, z, _, _ = add_layernorm_op.add_layernorm_op(x, a, weight_D, bias_D, gate_D, eps)
         return y, z
     return add_layernorm_reference.add_layernorm(x, a, weight_D, bias_D, gate_D, eps=eps)
 
@@ -47,8 +41,8 @@ def gated_relu2(u: Tensor, gate: Tensor | None = None, *, implementation: Implem
     Returns:
         gate * relu(u)^2, shape and dtype of `u`.
     """
-    check_implementation(implementation)
     gated_relu2_reference.check_gate(gate)
-    if use_triton(implementation, u, dtype_obstacle(u, gate)):
-        return gated_relu2_op(u, gate)
+    reason = gated_relu2_op.unsupported(u) if have_triton else None
+    if launches(implementation, "gated_relu2", u, reason):
+        return gated_relu2_op.gated_relu2_op(u, gate)
     return gated_relu2_reference.gated_relu2(u, gate)

@@ -82,7 +82,7 @@ class AddNorm(Norm):
         """Add a branch to the stream and normalise the sum.
 
         Args:
-            x: [..., width] stream, floating.
+            x: stream of shape [..., width], floating.
             update: [..., width] result of a branch, dtype of the parameters.
             gate: [width] factor of each channel of the update, dtype of the parameters, or None.
 

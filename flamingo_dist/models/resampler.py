@@ -284,7 +284,9 @@ def _add_anchor(
     before the backward has begun. The anchor's gradient is the last thing that the unit's backward computes.
     """
     latents = resampler.latents
-    anchor = torch.zeros((), dtype=latents.dtype, device=latents.device, requires_grad=torch.is_grad_enabled())
+    anchor = torch.zeros(
+        (), dtype=latents.dtype, device=latents.device, requires_grad=torch.is_grad_enabled()
+    )
     # By position: DeepSpeed looks at no other arguments.
     args += tuple(kwargs.pop(name, None) for name in ("features_NFSC", "frame_mask_NF")[len(args) :])
     return (*args, anchor), kwargs
@@ -307,7 +309,9 @@ def shared_feature_kv(features_NJE: Tensor, attentions: Sequence[PerceiverAttent
     """
     norms = [attention.norm_features for attention in attentions]
     # Each rank multiplies the scale, the shift and the features with its own heads' weights alone.
-    vectors = [[norm.weight] if norm.bias is None else [norm.weight, norm.bias] for norm in norms]
+    vectors: list[list[Tensor]] = [
+        [norm.weight] if norm.bias is None else [norm.weight, norm.bias] for norm in norms
+    ]
     vectors_LPE = sum_grad_over_tp(torch.stack([torch.stack(layer) for layer in vectors]))
     normed_NJE = sum_grad_over_tp(norms[0].without_affine(features_NJE))
     weights_L2IE = torch.stack([torch.stack((a.k.weight, a.v.weight)) for a in attentions])

@@ -72,11 +72,12 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SEPARATE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Gradients of the rows that this program owns, and its sums over them for the vectors. Grid (programs,).
 
-    The next row is on its way while this one is worked on: a wide row leaves room for one program a processor
-    alone, so nothing else would hide the latency.
+    The next rows are on their way to shared memory while this one is worked on: a wide row leaves room for one
+    program a processor alone, so nothing else would hide the latency.
 
     Pointers, all contiguous:
         dy_ptr, y_ptr, dx_ptr: [N, D], dtype of the stream.
@@ -92,43 +93,32 @@ def backward_kernel(
     column = tl.arange(0, BLOCK_D)
     real = column < D
     weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
-    gate = weight
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + column, mask=real, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
     dgate = tl.zeros([BLOCK_D], tl.float32)
     first = program * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
-    at = first * D + column
-    started = real & (first < last)
-    next_dy = tl.load(dy_ptr + at, mask=started, other=0.0)
-    next_dz = tl.load(dz_ptr + at, mask=started, other=0.0)
-    next_y = tl.load(y_ptr + at, mask=started, other=0.0)
-    for step in range(0, rows_a_program):
-        row = first + step
+    for row in tl.range(first, last, num_stages=STAGES):
         at = row * D + column
-        inside = real & (row < last)
-        dy, dz, y = next_dy.to(tl.float32), next_dz.to(tl.float32), next_y.to(tl.float32)
-        follows = real & (row + 1 < last)
-        next_dy = tl.load(dy_ptr + at + D, mask=follows, other=0.0)
-        next_dz = tl.load(dz_ptr + at + D, mask=follows, other=0.0)
-        next_y = tl.load(y_ptr + at + D, mask=follows, other=0.0)
-        mean = tl.load(mean_ptr + row, mask=row < last, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)
-        normed = tl.where(inside, (y - mean) * rstd, 0.0)
+        dy = tl.load(dy_ptr + at, mask=real, other=0.0).to(tl.float32)
+        dz = tl.load(dz_ptr + at, mask=real, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + at, mask=real, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normed = tl.where(real, (y - tl.load(mean_ptr + row)) * rstd, 0.0)
         dweight += dz * normed
         dbias += dz
+        if SEPARATE:  # two more results take registers: read the weight again instead of keeping it
+            weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
         dnormed = dz * weight
         along = tl.sum(dnormed * normed) / D
         shift = tl.sum(dnormed) / D
         dx = dy + rstd * (dnormed - normed * along - shift)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=real)
         if HAS_GATE:
-            dgate += tl.where(inside, dx * tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32), 0.0)
-            dx *= gate
+            dgate += tl.where(real, dx * tl.load(a_ptr + at, mask=real, other=0.0).to(tl.float32), 0.0)
+            dx *= tl.load(gate_ptr + column, mask=real, other=0.0).to(tl.float32)  # to spare registers
         if SEPARATE:
-            tl.store(da_ptr + at, dx.to(da_ptr.dtype.element_ty), mask=inside)
+            tl.store(da_ptr + at, dx.to(da_ptr.dtype.element_ty), mask=real)
     part = partials_ptr + program * D + column
     stride = tl.num_programs(0).to(tl.int64) * D
     tl.store(part, dweight, mask=real)

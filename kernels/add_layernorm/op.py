@@ -15,6 +15,15 @@ MAX_WIDTH = 8192
 """Widest stream: a row lives in the registers of one program."""
 
 
+def unsupported(x: Tensor, a: Tensor, weight_D: Tensor) -> str | None:
+    """Return why the kernels do not take x and a [..., D] and a weight [D] like these, None if they do."""
+    if not {x.dtype, a.dtype, weight_D.dtype} <= set(DTYPES):
+        return f"the kernel computes on fp32, fp16 and bf16, not on {x.dtype}, {a.dtype} and {weight_D.dtype}"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"the kernel takes rows of up to {MAX_WIDTH}, not of {x.shape[-1]}"
+    return None
+
+
 @torch.library.custom_op("flamingo::add_layernorm", mutates_args=())
 def add_layernorm_op(
     x: Tensor, a: Tensor, weight_D: Tensor, bias_D: Tensor, gate_D: Tensor | None, eps: float
@@ -121,7 +130,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
-    Args and results: as `add_layernorm_op`: [..., D] twice and fp32 [rows] twice.
+    Args and results: as `add_layernorm_op`: shape [..., D] twice and fp32 [rows] twice.
     """
     width = x.shape[-1]
     rows = x.numel() // width
@@ -150,7 +159,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up the programs' sums for the vectors in a fixed order.
 
-    Args and results: as `add_layernorm_backward_op`: [..., D] twice and fp32 [2 or 3, D].
+    Args and results: as `add_layernorm_backward_op`: shape [..., D] twice and fp32 [2 or 3, D].
     """
     width = y.shape[-1]
     rows = y.numel() // width
@@ -179,6 +188,7 @@ def launch_backward(
         BLOCK_D=block,
         HAS_GATE=gate_D is not None,
         SEPARATE=separate,
+        STAGES=2,
         num_warps=warps,
     )
     return dx, da, partials.sum(1)

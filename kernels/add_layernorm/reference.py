@@ -39,7 +39,7 @@ def naive(
 ) -> tuple[Tensor, Tensor]:
     """`add_layernorm` written out from its definition, row by row; for tests.
 
-    Args and results: as `add_layernorm`, both [..., D].
+    Args and results: as `add_layernorm`, both of shape [..., D].
     """
     y_rows, z_rows = [], []
     for x_D, a_D in zip(x.flatten(0, -2), a.flatten(0, -2), strict=True):

@@ -14,6 +14,11 @@ BLOCK, WARPS = 4096, 8
 """Elements and warps of a program: sixteen elements a thread, two 128-bit accesses in bf16."""
 
 
+def unsupported(u: Tensor) -> str | None:
+    """Return why the kernels do not take `u` (any shape), None if they do."""
+    return None if u.dtype in DTYPES else f"the kernel computes on fp32, fp16 and bf16, not on {u.dtype}"
+
+
 @torch.library.custom_op("flamingo::gated_relu2", mutates_args=())
 def gated_relu2_op(u: Tensor, gate: Tensor | None) -> Tensor:
     """Return gate * relu(u)^2; its backward keeps `u` and the gate alone.

@@ -33,7 +33,7 @@ def naive(u: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 def check_gate(gate: Tensor | None) -> None:
-    """Raise `ValueError` unless `gate` is None or a 0-dim tensor."""
+    """Raise `ValueError` unless `gate` is None or has no axis (shape [])."""
     if gate is not None and gate.dim() != 0:
         raise ValueError(
             f"gate is {tuple(gate.shape)}; pass a 0-dim tensor, or None and apply a vector gate after the "

@@ -6,15 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.config import FILL_PROGRAMS, is_interpreted
+from kernels.config import FILL_PROGRAMS, architecture, is_interpreted
 from kernels.perceiver_attn import kernel
-from kernels.perceiver_attn.tiles import Tiles, backward_tiles, forward_tiles, head_parts
+from kernels.perceiver_attn.tiles import MAX_HEAD, Tiles, backward_tiles, forward_tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels compute on."""
 
 SPLIT_FEATURES = 512
 """A share of the keys has at least this many features: below it, partial results cost more than they give."""
+
+
+def unsupported(q_NRHK: Tensor) -> str | None:
+    """Return why the kernels do not take queries [N, R, H, K] like these, None if they do."""
+    if q_NRHK.dtype not in DTYPES:
+        return f"the kernel computes on fp32, fp16 and bf16, not on {q_NRHK.dtype}"
+    if q_NRHK.shape[3] > MAX_HEAD:
+        return f"the kernel takes heads of up to {MAX_HEAD}, not of {q_NRHK.shape[3]}"
+    return None
 
 
 def choose_splits(programs: int, features: int) -> int:
@@ -152,7 +161,7 @@ def launch_forward(
     """
     n, r, h, k = q_NRHK.shape
     features = k_feat_NJHK.shape[1]
-    tiles = forward_tiles(r, k, q_NRHK.dtype)
+    tiles = forward_tiles(r, k, q_NRHK.dtype, architecture(q_NRHK.device))
     query_tiles = -(-r // tiles.rows)
     splits = splits or choose_splits(n * h * query_tiles, features)
     inputs = _unit_stride(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
@@ -201,7 +210,7 @@ def launch_backward(
     """
     n, r, h, k = q_NRHK.shape
     features = k_feat_NJHK.shape[1]
-    tiles = backward_tiles(r, k, q_NRHK.dtype)
+    tiles = backward_tiles(r, k, q_NRHK.dtype, architecture(q_NRHK.device))
     query_tiles = -(-r // tiles.rows)
     splits = splits or choose_splits(n * h * query_tiles, features)
     inputs = _unit_stride(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
@@ -231,7 +240,7 @@ def launch_backward(
 def _constants(q_NRHK: Tensor, feature_mask_NJ: Tensor | None, tiles: Tiles) -> dict[str, Any]:
     """Return the compile-time arguments that both kernels take."""
     _, r, h, k = q_NRHK.shape
-    k0, k1 = head_parts(k, q_NRHK.dtype)
+    k0, k1 = tiles.parts
     return {
         "H": h,
         "R": r,

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import dispatch_fused
 from kernels.add_layernorm import op, reference
 from kernels.add_layernorm.op import MAX_WIDTH, add_layernorm_backward_op, add_layernorm_op
-from tests.kernels.close import TOLERANCE, assert_close, poisoned_memory, relative
+from tests.kernels.close import assert_close
+from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders, relative
 
 pytestmark = pytest.mark.modes("interpret", "cuda")
 
@@ -36,7 +37,9 @@ def run(function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     inputs = [x.detach().requires_grad_() for x in inputs]
     y, z = function(*inputs)
     gen = torch.Generator().manual_seed(1)
-    loss = sum((out * torch.randn(out.shape, generator=gen).to(out.device, out.dtype)).sum() for out in (y, z))
+    loss = sum(
+        (out * torch.randn(out.shape, generator=gen).to(out.device, out.dtype)).sum() for out in (y, z)
+    )
     return y.detach(), z.detach(), *torch.autograd.grad(loss, inputs)
 
 
@@ -49,8 +52,7 @@ def triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, gated, dtype, device):
     inputs = make(*shape, (dtype,) * 3, device, gated=gated)
-    with poisoned_memory():
-        got = run(triton, inputs)
+    got = in_both_orders(lambda: run(triton, inputs))
     exact = run(reference.add_layernorm, [x.double() for x in inputs])
     assert all(x.dtype == dtype for x in got)
     if shape[1] == 1:  # x - mean is 0: what is left of the gradients of the norm is rounding
@@ -63,8 +65,7 @@ def test_programs_that_walk_over_several_rows(rows, device, monkeypatch):
     """Four programs: one row each; some with a row more than others; the last with fewer."""
     monkeypatch.setattr(op, "programs_for", lambda rows, warps: min(rows, 4))
     inputs = make((rows,), 40, (F32,) * 3, device, gated=True)
-    with poisoned_memory():
-        got = run(triton, inputs)
+    got = in_both_orders(lambda: run(triton, inputs))
     assert_close(NAMES, got, run(reference.add_layernorm, [x.double() for x in inputs]), F32)
 
 
@@ -72,18 +73,21 @@ def test_programs_that_walk_over_several_rows(rows, device, monkeypatch):
 @pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gate"])
 def test_the_stream_keeps_its_dtype(dtypes, gated, device):
     inputs = make((6,), 80, dtypes, device, gated=gated)
-    with poisoned_memory():
-        got = run(triton, inputs)
+    got = in_both_orders(lambda: run(triton, inputs))
     exact = run(reference.add_layernorm, [x.double() for x in inputs])
     want = (dtypes[0], dtypes[2], dtypes[0], dtypes[1], dtypes[2], dtypes[2], dtypes[1])
     assert [x.dtype for x in got] == list(want[: len(got)])
-    assert_close(NAMES[: len(got)], got, exact, min(dtypes, key=lambda d: torch.finfo(d).bits and -TOLERANCE[d]))
+    assert_close(
+        NAMES[: len(got)], got, exact, min(dtypes, key=lambda d: torch.finfo(d).bits and -TOLERANCE[d])
+    )
     if dtypes[0] == F32:
         assert relative(got[0], exact[0]) < TOLERANCE[F32]
 
 
 def test_a_constant_row_stays_finite(device):
-    inputs = [x.zero_() if i < 2 else x for i, x in enumerate(make((2,), 32, (F32,) * 3, device, gated=False))]
+    inputs = [
+        x.zero_() if i < 2 else x for i, x in enumerate(make((2,), 32, (F32,) * 3, device, gated=False))
+    ]
     y, z, *grads = run(triton, inputs)
     assert not y.any()
     assert torch.equal(z, inputs[3].expand_as(z))
@@ -97,7 +101,9 @@ def test_one_result_alone(used, device):
     for function in (triton, reference.add_layernorm):
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = function(*leaves)[used]
-        grads.append(torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, materialize_grads=True))
+        grads.append(
+            torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+        )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -138,6 +144,50 @@ def test_compiles_as_one_graph_and_recomputes(dtypes, device):
     for function in (compiled, recomputed):
         for a, b in zip(run(function, inputs), want, strict=True):
             assert torch.equal(a, b)
+
+
+MUTANTS = [
+    Mutant(
+        "no gate in the sum",
+        "a *= tl.load(gate_ptr + column, mask=real, other=0.0).to(tl.float32)",
+        "a *= 1.0",
+    ),
+    Mutant(
+        "no gate in da", "dx *= tl.load(gate_ptr + column, mask=real, other=0.0).to(tl.float32)", "dx *= 1.0"
+    ),
+    Mutant("padding columns counted", "centred = tl.where(real, y - mean, 0.0)", "centred = y - mean"),
+    Mutant(
+        "last row dropped",
+        "tl.minimum(first + rows_a_program, rows)",
+        "tl.minimum(first + rows_a_program, rows - 1)",
+    ),
+    Mutant("sums of one row alone", "dweight += dz * normed", "dweight = dz * normed"),
+    Mutant("all programs write one sum", "partials_ptr + program * D + column", "partials_ptr + column"),
+    Mutant("mean of the gradient left out", " - shift)", ")"),
+    Mutant("projection on the row left out", "dnormed - normed * along", "dnormed"),
+    Mutant("the stream's gradient left out", "dx = dy + rstd *", "dx = 0.0 * dy + rstd *"),
+    Mutant("every program takes the first rows", "first = program * rows_a_program", "first = program * 0"),
+]
+
+
+def everything() -> None:
+    """The check that every mutant has to fail: a gate, a width that is no power of two, several rows a program."""
+    inputs = make((11,), 40, (F32,) * 3, "cpu", gated=True)
+    got = in_both_orders(lambda: run(triton, inputs))
+    assert_close(NAMES, got, run(reference.add_layernorm, [x.double() for x in inputs]), F32)
+
+
+def test_the_mutants_check_passes_without_a_mutant(monkeypatch):
+    monkeypatch.setattr(op, "programs_for", lambda rows, warps: min(rows, 4))
+    everything()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant, monkeypatch, tmp_path, device):
+    if device == "cuda":
+        pytest.skip("planted faults may write anywhere: on the interpreter alone")
+    monkeypatch.setattr(op, "programs_for", lambda rows, warps: min(rows, 4))
+    assert_mutant_is_caught(mutant, op, "kernel", everything, monkeypatch, tmp_path)
 
 
 def test_what_the_kernel_does_not_take(device):

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import dispatch_fused
-from kernels.gated_relu2 import reference
+from kernels.gated_relu2 import op, reference
 from kernels.gated_relu2.op import BLOCK, gated_relu2_backward_op, gated_relu2_op
-from tests.kernels.close import TOLERANCE, assert_close, poisoned_memory
+from tests.kernels.close import assert_close
+from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders
 
 pytestmark = pytest.mark.modes("interpret", "cuda")
 
@@ -39,8 +40,7 @@ def triton(*inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, gated, dtype, device):
     inputs = make(shape, dtype, device, gated=gated)
-    with poisoned_memory():
-        got = run(triton, inputs)
+    got = in_both_orders(lambda: run(triton, inputs))
     exact = run(reference.gated_relu2, [x.double() for x in inputs])
     assert all(x.dtype == dtype for x in got)
     assert_close(NAMES[: len(got)], got, exact, dtype)
@@ -79,7 +79,9 @@ def test_operators_keep_torchs_rules(gated, device):
     inputs = [x.requires_grad_() for x in make((3, 7), torch.float32, device, gated=gated)]
     u, gate = (*inputs, None)[:2]
     torch.library.opcheck(gated_relu2_op, (u, gate))
-    torch.library.opcheck(gated_relu2_backward_op, (torch.ones_like(u), u.detach(), None if gate is None else gate.detach()))
+    torch.library.opcheck(
+        gated_relu2_backward_op, (torch.ones_like(u), u.detach(), None if gate is None else gate.detach())
+    )
 
 
 def test_compiles_as_one_graph_and_recomputes(device):
@@ -90,6 +92,47 @@ def test_compiles_as_one_graph_and_recomputes(device):
     for function in (compiled, recomputed):
         for name, a, b in zip(NAMES, run(function, inputs), want, strict=True):
             assert torch.equal(a, b), name
+
+
+MUTANTS = [
+    Mutant("no gate in the result", "h *= tl.load(gate_ptr).to(tl.float32)", "h *= 1.0"),
+    Mutant("no gate in du", "scaled *= tl.load(gate_ptr).to(tl.float32)", "scaled *= 1.0"),
+    Mutant(
+        "gate in its own gradient",
+        "tl.sum(scaled * positive)",
+        "tl.sum(scaled * positive) * tl.load(gate_ptr)",
+    ),
+    Mutant("all programs write one sum", "tl.store(dgate_ptr + block,", "tl.store(dgate_ptr,"),
+    Mutant(
+        "last elements dropped",
+        "h.to(h_ptr.dtype.element_ty), mask=real)",
+        "h.to(h_ptr.dtype.element_ty), mask=at < numel // BLOCK * BLOCK)",
+    ),
+    Mutant("factor of the square left out", "(2.0 * scaled)", "scaled"),
+    Mutant(
+        "negative inputs squared",
+        "    h = positive * positive",
+        "    h = tl.load(u_ptr + at, mask=real, other=0.0).to(tl.float32)\n    h *= h",
+    ),
+]
+
+
+def everything() -> None:
+    """The check that every mutant has to fail: several programs, the last one partly empty."""
+    inputs = make((2 * BLOCK + 5,), torch.float32, "cpu")
+    got = in_both_orders(lambda: run(triton, inputs))
+    assert_close(NAMES, got, run(reference.gated_relu2, [x.double() for x in inputs]), torch.float32)
+
+
+def test_the_mutants_check_passes_without_a_mutant():
+    everything()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant, monkeypatch, tmp_path, device):
+    if device == "cuda":
+        pytest.skip("planted faults may write anywhere: on the interpreter alone")
+    assert_mutant_is_caught(mutant, op, "kernel", everything, monkeypatch, tmp_path)
 
 
 def test_what_the_kernel_does_not_take(device):

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import dispatch
-from kernels.perceiver_attn import reference
+from kernels.perceiver_attn import op, reference
 from kernels.perceiver_attn.op import choose_splits, perceiver_attn_backward_op, perceiver_attn_op
-from tests.kernels.close import TOLERANCE, assert_close, poisoned_memory
+from tests.kernels.close import assert_close
+from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders
 
 pytestmark = pytest.mark.modes("interpret", "cuda")
 
@@ -50,7 +51,9 @@ def run(function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def exact(inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    return run(reference.perceiver_attn, [x if x is None or x.dtype == torch.bool else x.double() for x in inputs])
+    return run(
+        reference.perceiver_attn, [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
+    )
 
 
 def kernel(splits: int = 0):
@@ -66,8 +69,7 @@ def triton(*inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, masked, dtype, device):
     inputs = make(shape, dtype, device, masked=masked)
-    with poisoned_memory():
-        got = run(triton, inputs)
+    got = in_both_orders(lambda: run(triton, inputs))
     assert all(x.dtype == dtype for x in got)
     assert_close(NAMES, got, exact(inputs), dtype)
 
@@ -77,8 +79,7 @@ def test_equals_the_reference(shape, masked, dtype, device):
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_any_split_of_the_keys_equals_the_reference(splits, masked, dtype, device):
     inputs = make((2, 16, 130, 1, 32), dtype, device, masked=masked)
-    with poisoned_memory():
-        got = run(kernel(splits), inputs)
+    got = in_both_orders(lambda: run(kernel(splits), inputs))
     assert_close(NAMES, got, exact(inputs), dtype)
 
 
@@ -125,6 +126,72 @@ def test_compiles_as_one_graph_and_recomputes(device):
     for function in (compiled, recomputed):
         for name, a, b in zip(NAMES, run(function, inputs), want, strict=True):
             assert torch.equal(a, b), name
+
+
+MUTANTS = [
+    Mutant("forward sees padding", "seen_J = seen_J & (tl.load(", "seen_J = seen_J | (tl.load("),
+    Mutant("backward sees padding", "seen_J = inside_J & (tl.load(", "seen_J = inside_J | (tl.load("),
+    Mutant(
+        "forward drops the last keys",
+        "seen_J = rows_J < J\n        if HAS_MASK:\n            seen_J = seen_J",
+        "seen_J = rows_J < J // BLOCK_J * BLOCK_J\n        if HAS_MASK:\n            seen_J = seen_J",
+    ),
+    Mutant(
+        "backward drops the last keys", "inside_J = rows_J < J", "inside_J = rows_J < J // BLOCK_J * BLOCK_J"
+    ),
+    Mutant(
+        "forward without the latents",
+        "range(0, R, BLOCK_J):\n            rows_L = start + tl.arange(0, BLOCK_J)\n            peak",
+        "range(R, R, BLOCK_J):\n            rows_L = start + tl.arange(0, BLOCK_J)\n            peak",
+    ),
+    Mutant(
+        "old sums are not rescaled", "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"
+    ),
+    Mutant(
+        "second part of the head left out of the scores",
+        "s += dot(q1, tl.trans(k1)",
+        "s += 0.0 * dot(q1, tl.trans(k1)",
+    ),
+    Mutant(
+        "second part of the head left out of dp",
+        "dp += dot(do1, tl.trans(v1)",
+        "dp += 0.0 * dot(do1, tl.trans(v1)",
+    ),
+    Mutant("delta left out", "(dp - delta[:, None])", "dp"),
+    Mutant("no scale in dq and dk", "(dp - delta[:, None]) * scale)", "(dp - delta[:, None]))"),
+    Mutant(
+        "one share is left out of the sum",
+        "    for split in range(0, splits):\n        share",
+        "    for split in range(0, splits - 1):\n        share",
+    ),
+    Mutant("all shares write one dq", "    row += split.to(tl.int64) * query_rows\n", ""),
+    Mutant("all query tiles write one dk", "out_row_J = tile.to(tl.int64) * feature_rows + ", "out_row_J = "),
+    Mutant("a head writes its neighbour's dk", "(n * J + rows_J) * H + h", "(n * J + rows_J) * H + 0 * h"),
+]
+
+
+def everything() -> None:
+    """The check that every mutant has to fail: padding, tails, two parts of a head, several shares and tiles."""
+    inputs = make((2, 20, 70, 2, 48), torch.float32, "cpu", masked=True)
+    got = in_both_orders(lambda: run(kernel(2), inputs))
+    assert_close(NAMES, got, exact(inputs), torch.float32)
+
+
+def test_the_mutants_check_passes_without_a_mutant():
+    everything()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant, monkeypatch, tmp_path, device):
+    if device == "cuda":
+        pytest.skip("planted faults may write anywhere: on the interpreter alone")
+    assert_mutant_is_caught(mutant, op, "kernel", everything, monkeypatch, tmp_path)
+
+
+def test_a_dropped_partial_gradient_is_caught(monkeypatch):
+    monkeypatch.setattr(op, "_sum_partials", lambda partials, dtype: partials[0].to(dtype))
+    with pytest.raises(AssertionError, match="dq|dk|dv"):
+        everything()
 
 
 def test_what_the_kernel_does_not_take(device):

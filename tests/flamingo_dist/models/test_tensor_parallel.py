@@ -26,7 +26,9 @@ RESAMPLER: dict[str, Any] = {"width": E, "depth": 2, "latents": R, "heads": 4, "
 CASES: dict[str, ResamplerConfig | GatedBlockConfig] = {
     "resampler": ResamplerConfig(**RESAMPLER, feature_width=E),
     "resampler with projection and qk norm": ResamplerConfig(**RESAMPLER, feature_width=10, qk_norm=True),
-    "resampler with shared feature K/V": ResamplerConfig(**RESAMPLER, feature_width=E, shared_feature_kv=True),
+    "resampler with shared feature K/V": ResamplerConfig(
+        **RESAMPLER, feature_width=E, shared_feature_kv=True
+    ),
     "resampler of RMS norms, shared": ResamplerConfig(
         **RESAMPLER, feature_width=10, qk_norm=True, norm="rms", shared_feature_kv=True
     ),

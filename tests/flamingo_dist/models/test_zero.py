@@ -92,7 +92,9 @@ def train_once(
 @pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
 def test_zero_3_equals_no_zero(ranks, world, tensor, shared, units):
     plain = {r[0]: r for r in ranks.run(train_once, 0, world=tensor, tensor=tensor)}
-    for tensor_rank, loss, gates, grads in ranks.run(train_once, 3, shared, units, world=world, tensor=tensor):
+    for tensor_rank, loss, gates, grads in ranks.run(
+        train_once, 3, shared, units, world=world, tensor=tensor
+    ):
         _, want_loss, want_gates, want = plain[tensor_rank]
         assert loss == pytest.approx(want_loss, rel=1e-6)
         assert gates == want_gates == pytest.approx([0.537, 0.537], abs=1e-3)
