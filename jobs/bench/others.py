@@ -16,7 +16,7 @@ from kernels.dispatch_fused import add_layernorm, gated_relu2
 
 
 def eager_perceiver(q: Tensor, k_feat: Tensor, v_feat: Tensor, k_lat: Tensor, v_lat: Tensor) -> tuple[Tensor]:
-    """Published eager code: concatenation, whole scores, softmax.
+    """Run the published eager code: concatenation, whole scores, softmax.
 
     Args:
         q: [N, R, H, K].
@@ -32,7 +32,7 @@ def eager_perceiver(q: Tensor, k_feat: Tensor, v_feat: Tensor, k_lat: Tensor, v_
 
 
 def sdpa_perceiver(q: Tensor, k_feat: Tensor, v_feat: Tensor, k_lat: Tensor, v_lat: Tensor) -> tuple[Tensor]:
-    """Concatenation and torch's fused attention; shapes as in `eager_perceiver`, [N, R, H, K] and [N, J, H, K]."""
+    """Run torch's fused attention on concatenations; shapes as in `eager_perceiver`, [N, R, H, K] and [N, J, H, K]."""
     return (F.scaled_dot_product_attention(*_concatenated(q, k_feat, v_feat, k_lat, v_lat)).transpose(1, 2),)
 
 
@@ -45,13 +45,13 @@ def _concatenated(
 
 
 def eager_add_layernorm(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Two operators; x and a [rows, D], weight and bias [D]."""
+    """Run two operators; x and a [rows, D], weight and bias [D]."""
     y = x + a
     return y, F.layer_norm(y, weight.shape, weight, bias, EPS)
 
 
 def eager_gated_relu2(u: Tensor, gate: Tensor) -> tuple[Tensor]:
-    """Three operators; u [rows, D], gate 0-dim."""
+    """Run three operators; u [rows, D], gate 0-dim."""
     return (F.relu(u).square() * gate,)
 
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jobs.bench.page_text import BASELINES, EXPECTATION, HOW, MEASURED, NO_FIGURES
+from jobs.bench.page_text import BASELINES, EXPECTATION, HOW, MEASURED, NO_FIGURES, ROOFLINE
 from jobs.bench.roofline import table
 from jobs.bench.rows import Results, Row
 from jobs.bench.shapes import FUSED, PERCEIVER, XATTN
@@ -63,9 +63,7 @@ def duels(rows: Iterable[Row]) -> list[Duel]:
 def write_page(results: Results | None) -> str:
     """Return the page: with figures if `results` were measured on a GPU, without any otherwise."""
     parts = ["# Benchmarks", _note(results), HOW, MEASURED, BASELINES]
-    parts += ["## Roofline\n\nArithmetic from shapes alone (`jobs/bench/roofline.py`), no measurement: bf16, one layer, one "
-              "device, each input read once and each output written once; ceilings of an H100 taken as 800 TFLOP/s and "
-              "3.0 TB/s. Tensor parallelism divides every row by its degree.\n\n" + table()]  # fmt: skip
+    parts.append(f"{ROOFLINE.strip()}\n\n{table()}")
     parts.append(EXPECTATION)
     if results is None or not results.rows:
         parts.append(NO_FIGURES)

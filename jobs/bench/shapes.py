@@ -190,7 +190,7 @@ SWEPT_INNER = 4096
 
 
 def sweep() -> Iterator[XattnShape]:
-    """Yield the swept shapes of cross-attention, the most telling first: even spans, then tiny batches, then the rest."""
+    """Yield the swept shapes of cross-attention, the most telling first: even spans, tiny batches, the rest."""
 
     def shape(layout: Layout, head_dim: int, rows: int, images: int, batch: int) -> XattnShape:
         return XattnShape(

@@ -3,14 +3,14 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from jobs.bench import layers, others, xattn
 from jobs.bench.cases import make_case
-from jobs.bench.compare import compare, core_subject
+from jobs.bench.compare import compare, core_subject, first_line
 from jobs.bench.contender import Contender
 from jobs.bench.roofline import MODES, cost
 from jobs.bench.rows import Results, Row, environment
@@ -180,8 +180,8 @@ def run_task(task: Task, config: SweepConfig, clock: Clock, copy_rate: float) ->
                 return [_left_out(blank, contender, why) for contender in contenders]
             assert isinstance(task.shape, XattnShape | PerceiverShape)
             subject = layers.layer_subject(task.shape, config.device, config.dtype, blank)
-    except torch.cuda.OutOfMemoryError:
-        why = "its fp64 reference does not fit in memory, and what is not checked is not timed"
+    except Exception as error:  # out of memory, or a layer that cannot be built: never the end of the sweep
+        why = f"no fp64 reference, and what is not checked is not timed: {first_line(error)}"
         return [_left_out(blank, contender, why) for contender in contenders]
     finally:
         gc.collect()
@@ -197,8 +197,6 @@ def _blank(task: Task, config: SweepConfig) -> Row:
 
 
 def _left_out(blank: Row, contender: Contender, why: str) -> Row:
-    from dataclasses import replace
-
     return replace(blank, contender=contender.name, ours=contender.ours, mode="fwd+bwd", reason=why)
 
 

@@ -1,4 +1,4 @@
-"""Clocks: CUDA events around a call with a cold L2, graphs for what is shorter than its launch; a plain clock on a CPU."""
+"""Clocks: CUDA events with a cold L2, graphs for what is shorter than its launch, a plain clock on a CPU."""
 
 import time
 from collections.abc import Callable

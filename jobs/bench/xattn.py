@@ -18,7 +18,7 @@ from kernels.dispatch import gated_xattn
 
 
 def eager_openflamingo(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, index_BT: Tensor) -> tuple[Tensor]:
-    """B0: the published eager code, pass by pass: scale, mask, amax, softmax, second mask, gate.
+    """Run B0, the published eager code, pass by pass: scale, mask, amax, softmax, second mask, gate.
 
     Args:
         q: [B, T, H, K].
