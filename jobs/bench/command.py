@@ -6,7 +6,7 @@ With argparse, unlike the other commands: a machine that is only there to measur
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,8 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: object, says: str
-):  # type: ignore[no-untyped-def]
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    says: str,
+) -> argparse.ArgumentParser:
+    """Add a command with the options that all that measure share."""
     parser = commands.add_parser(name, help=says)
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -122,7 +126,7 @@ def _kernels(given: argparse.Namespace) -> int:
         print(line, flush=True)
 
     results = sweep.run(config, after_task)
-    table, _ = rows.write(results, given.out, "kernels")
+    table = rows.write(results, given.out, "kernels")
     text = page.write_page(results)
     for path in filter(None, (given.out / "kernels.md", given.page)):
         path.write_text(text, encoding="utf-8")
@@ -143,7 +147,7 @@ def _step(given: argparse.Namespace) -> int:
     from jobs.bench.step import StepConfig, lines, run_step
 
     results = run_step(StepConfig(device=device, tiny=given.tiny, layers=given.layers, rows=given.rows))
-    rows.write(results, given.out, "step")
+    rows.write_json(results, given.out / "step.json")
     for line in lines(results.rows):
         print(line, flush=True)
     return 1 if any(row.status == "refused" for row in results.rows) else 0

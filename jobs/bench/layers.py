@@ -164,15 +164,14 @@ def _with_weights(case: Case, implementation: str) -> nn.Module:
 @contextmanager
 def core(function: Callable[..., Tensor] | None) -> Iterator[None]:
     """Let gated blocks call `function` for their cross-attention inside."""
-    from flamingo_dist.models import gated_block
+    import flamingo_dist.models.gated_block as block
 
-    before = gated_block.gated_xattn
-    if function is not None:
-        gated_block.gated_xattn = function
+    before = vars(block)["gated_xattn"]
+    vars(block)["gated_xattn"] = before if function is None else function
     try:
         yield
     finally:
-        gated_block.gated_xattn = before
+        vars(block)["gated_xattn"] = before
 
 
 def _spanwise(case: Case) -> Callable[..., Tensor] | None:

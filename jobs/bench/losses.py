@@ -108,7 +108,7 @@ def _train(config: LossesConfig, implementation: str, device: torch.device) -> l
             )  # fmt: skip
             loss = out.nll_BT.sum() / batch.num_loss_tokens()
             (weight * loss).backward()
-            losses[name] = float(loss)
+            losses[name] = float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(trained, settings.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -115,8 +115,15 @@ _OF_RUN = ("gpu", "torch", "triton", "commit")
 """Parts of the environment that every line of the CSV repeats, so that lines of several runs can be put together."""
 
 
-def write(results: Results, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write `name.csv` and `name.json` into `folder` and return their paths.
+def write_json(results: Results, path: Path) -> None:
+    """Write a run as JSON; the folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"environment": results.environment, "rows": [_plain(row) for row in results.rows]}
+    path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write(results: Results, folder: Path, name: str) -> Path:
+    """Write `name.csv` and `name.json` into `folder` and return the path of the first.
 
     Args:
         results: the run.
@@ -124,19 +131,15 @@ def write(results: Results, folder: Path, name: str) -> tuple[Path, Path]:
         name: of both files, without an ending.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table, whole = folder / f"{name}.csv", folder / f"{name}.json"
+    table = folder / f"{name}.csv"
     constant = {key: results.environment.get(key) for key in _OF_RUN}
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *_OF_RUN])
         writer.writeheader()
         for row in results.rows:
             writer.writerow({**_plain(row), **constant})
-    text = json.dumps(
-        {"environment": results.environment, "rows": [_plain(row) for row in results.rows]},
-        indent=1, allow_nan=False,
-    )  # fmt: skip
-    whole.write_text(text + "\n", encoding="utf-8")
-    return table, whole
+    write_json(results, folder / f"{name}.json")
+    return table
 
 
 def read(paths: Sequence[Path]) -> Results:

@@ -1,7 +1,7 @@
 """The shapes that are timed: named ones of the paper's sizes first, then the sweep."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 Layout = Literal["even", "skewed", "text_first", "no_image"]
@@ -130,10 +130,9 @@ def sizes(shape: Shape) -> dict[str, Any]:
 
 def _size(name: str, heads: int) -> list[XattnShape]:
     """Return the two shapes of one size of the paper: its training shape and a long 32-image context."""
-    head = {"heads": heads, "head_dim": 128}
     return [
-        XattnShape(name=f"{name} train", batch=64, rows=256, images=5, **head),
-        XattnShape(name=f"{name} long", batch=8, rows=2048, images=32, **head),
+        XattnShape(name=f"{name} train", batch=64, rows=256, images=5, heads=heads, head_dim=128),
+        XattnShape(name=f"{name} long", batch=8, rows=2048, images=32, heads=heads, head_dim=128),
     ]
 
 
@@ -168,17 +167,16 @@ FUSED: list[Shape] = [
 ]
 """Named shapes of the element-wise functions."""
 
+_TINY_XATTN = XattnShape(
+    name="tiny", batch=1, rows=16, images=2, heads=2, head_dim=16, latents=8, width=32, media_width=24
+)
 TINY: list[Shape] = [
-    XattnShape(
-        name="tiny", batch=2, rows=24, images=3, heads=2, head_dim=16, latents=8, layout="text_first", width=32,
-        media_width=24,
-    ),
-    XattnShape(name="tiny even", batch=2, rows=24, images=3, heads=2, head_dim=16, latents=8, width=32,
-               media_width=24),
-    PerceiverShape(name="tiny", media=2, features=10, heads=2, head_dim=16, latents=8, width=32),
-    AddNormShape(name="tiny", rows=12, width=32),
+    replace(_TINY_XATTN, name="tiny text first", layout="text_first"),
+    _TINY_XATTN,
+    PerceiverShape(name="tiny", media=1, features=10, heads=2, head_dim=16, latents=8, width=32),
+    AddNormShape(name="tiny", rows=6, width=32),
     Relu2Shape(name="tiny", rows=12, width=64),
-]  # fmt: skip
+]
 """Shapes for machines without a GPU: they prove the path, their times mean nothing."""
 
 TOKENS = 16_384

@@ -48,6 +48,13 @@ class StepConfig:
         """Dtype of parameters and activations."""
         return torch.float32 if self.tiny else torch.bfloat16
 
+    @property
+    def size(self) -> BatchConfig:
+        """Size of the batch."""
+        if self.tiny:
+            return BatchConfig(rows=1, length=12, media=2)
+        return BatchConfig(rows=self.rows, length=self.length, media=self.media, features=100)
+
 
 def run_step(config: StepConfig) -> Results:
     """Return one row for each implementation, with tokens a second."""
@@ -80,7 +87,9 @@ def run_step(config: StepConfig) -> Results:
 
 
 def _blank(config: StepConfig, implementation: str) -> Row:
-    sizes = f"layers={config.layers} batch={config.rows} rows={config.length} images={config.media}"
+    size = config.size
+    layers = smoke_network().lm.num_layers if config.tiny else config.layers
+    sizes = f"layers={layers} batch={size.rows} rows={size.length} images={size.media}"
     return Row(
         level="step", op="Flamingo", shape="tiny" if config.tiny else f"3B width, {config.layers} blocks",
         sizes=sizes, contender=implementation, ours=implementation == "triton", mode="step",
@@ -96,15 +105,10 @@ def _prepare(config: StepConfig, implementation: str) -> tuple[Any, float, Any]:
     if implementation == "triton" and not can_launch(torch.empty(1, device=config.device)):
         raise LeftOutError("Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start")
     network = smoke_network() if config.tiny else network_3b(config.layers)
-    size = BatchConfig(
-        rows=config.rows, length=config.length, media=config.media, features=0 if config.tiny else 100
-    )
-    if config.tiny:
-        size = BatchConfig(rows=1, length=12, media=2)
     network = with_implementation(network, implementation, gate_init=0.5)
     model = build(network, config.dtype, config.device, seed=0)
     # The encoder is not part of the comparison: features come ready.
-    batch = make_batch(network, size, seed=0).to(config.device)
+    batch = make_batch(network, config.size, seed=0).to(config.device)
     optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=1e-4))
     targets, tokens = batch.targets(), batch.num_loss_tokens()
 
@@ -135,7 +139,7 @@ def _timed(row: Row, config: StepConfig, step: Any, peak: Any) -> Row:
     if config.tiny:
         clock = Clock(config.device, budget_ms=1.0, min_repeats=2, max_repeats=2)
     times = clock.measure(step)
-    tokens = (1 * 12) if config.tiny else config.rows * config.length
+    tokens = config.size.rows * config.size.length
     return replace(
         row, status="timed", median_ms=times.median, q20_ms=times.low, q80_ms=times.high, repeats=times.repeats,
         clock=times.how, tokens_per_s=tokens / (1e-3 * times.median), peak_mb=peak(),

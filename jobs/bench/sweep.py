@@ -61,23 +61,22 @@ def tasks() -> Iterator[Task]:
 
 
 def _ordered() -> Iterator[Task]:
-    main = XATTN[:6]
-    yield from (Task("core", shape) for shape in main)
-    yield from (Task("core", shape) for shape in (*PERCEIVER[:2], *FUSED[:2]))
-    yield from (Task("layer", shape) for shape in (*main[2:], *PERCEIVER[:2], main[0]))
-    yield from (Task("core", shape, compiled=True) for shape in main[:4])
-    yield from (Task("core", shape, compiled=True) for shape in (*FUSED[:2], PERCEIVER[0]))
-    yield from (Task("core", shape) for shape in (*XATTN[6:], *PERCEIVER[2:], *FUSED[2:]))
+    main: list[Shape] = list(XATTN[:6])
+    small: list[Shape] = [*PERCEIVER[:2], *FUSED[:2]]
+    rest: list[Shape] = [*XATTN[6:], *PERCEIVER[2:], *FUSED[2:]]
+    yield from (Task("core", shape) for shape in (*main, *small))
+    yield from (Task("layer", shape) for shape in (*main[2:], *small, main[0]))
+    yield from (Task("core", shape, compiled=True) for shape in (*main[:4], *FUSED[:2], PERCEIVER[0]))
+    yield from (Task("core", shape) for shape in rest)
     for number, swept in enumerate(sweep()):
         yield Task("core", swept)
         if number < 27:  # even spans: large batches, then tiny ones
             yield Task("layer", swept)
         if number == 26:
-            yield from (Task("core", shape) for shape in resampler_sweep())
+            yield from (Task("core", features) for features in resampler_sweep())
             yield from (Task("layer", shape, compiled=True) for shape in main[2:])
-    every: list[Shape] = [*XATTN, *PERCEIVER, *FUSED]
-    yield from (Task("core", shape, compiled=True) for shape in every)
-    yield from (Task("layer", shape, compiled=True) for shape in every)
+    every = [*main, *small, *rest]
+    yield from (Task(level, shape, compiled=True) for level in LEVELS for shape in every)
     yield from (Task("core", swept, compiled=True) for swept in sweep())
 
 
@@ -150,7 +149,11 @@ def run(config: SweepConfig, after_task: Callable[[Results, str], None]) -> Resu
         if config.budget_seconds is not None and time.monotonic() - started > config.budget_seconds:
             about["not_reached"] = len(chosen) - number
             break
-        new = run_task(task, config, clock, copy_rate)
+        try:
+            new = run_task(task, config, clock, copy_rate)
+        except KeyboardInterrupt:  # a time limit from outside: what there is still makes a page
+            about["not_reached"] = len(chosen) - number
+            break
         rows += new
         after_task(Results(environment=about, rows=rows), _line(task, new, time.monotonic() - started))
         if config.device.type == "cuda" and _is_lost(rows):

@@ -1,8 +1,8 @@
 """Clocks: CUDA events with a cold L2, graphs for what is shorter than its launch, a plain clock on a CPU."""
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import quantiles
 
@@ -40,6 +40,22 @@ class Clock:
     min_repeats: int = 5
     max_repeats: int = 100
     _scratch: torch.Tensor | None = field(default=None, repr=False)
+    _stream: "torch.cuda.Stream | None" = field(default=None, repr=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the body on the clock's own stream.
+
+        A backward pass runs on the stream of its forward, and no graph can be captured from the default one.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.synchronize()
 
     def measure(self, call: Call) -> Times:
         """Return the times of `call`, warmed up; as a CUDA graph where that is quicker.
@@ -59,7 +75,8 @@ class Clock:
 
     def _on_cpu(self, call: Call) -> list[float]:
         call()
-        started, times = time.perf_counter(), []
+        started = time.perf_counter()
+        times: list[float] = []
         while len(times) < self.min_repeats or (
             len(times) < self.max_repeats and 1e3 * (time.perf_counter() - started) < self.budget_ms
         ):
@@ -97,11 +114,11 @@ class Clock:
 
 
 def capture(call: Call) -> "torch.cuda.CUDAGraph | None":
-    """Return `call` as a CUDA graph, or None if it cannot be captured."""
+    """Return `call` as a CUDA graph, or None if it cannot be captured (from the default stream nothing can)."""
     try:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             call()
     except RuntimeError:
         with suppress(RuntimeError):

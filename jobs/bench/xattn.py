@@ -43,7 +43,7 @@ def eager_openflamingo(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, index_BT: 
 def _openflamingo(case: Case, *, compiled: bool) -> Built:
     function = compile_(eager_openflamingo, case.device) if compiled else eager_openflamingo
     return Built(
-        call=lambda q, k, v, gate: function(q, k, v, gate, case.index_BT),
+        call=lambda q, k, v, gate: function(q, k, v, gate, _index(case)),
         note=f"torch.compile, {_backend(case)}" if compiled else "",
     )
 
@@ -184,8 +184,8 @@ def _padded(case: Case) -> Built:
     slots, rows = (torch.tensor(x, device=case.device) for x in (slot_of_row, row_of_slot))
 
     def attend(slotted: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (slotted, k.flatten(0, 1), v.flatten(0, 1)))
-        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        q, k, v = slotted.transpose(1, 2), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def call(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor]:
         if even:
