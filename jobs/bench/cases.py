@@ -135,12 +135,12 @@ def spanwise(q: Tensor, k: Tensor, v: Tensor, shape: XattnShape, gate: Tensor | 
         if start == end:
             continue
         if start > at:
-            parts.append(torch.zeros_like(q[:, at:start]))
+            parts.append(0.0 * q[:, at:start])  # in the graph: a batch may hold nothing else
         scores = torch.einsum("bthk,brhk->bhtr", q[:, start:end], k[:, image]) / shape.head_dim**0.5
         parts.append(torch.einsum("bhtr,brhk->bthk", scores.softmax(-1), v[:, image]))
         at = end
     if at < shape.rows:
-        parts.append(torch.zeros_like(q[:, at:]))
+        parts.append(0.0 * q[:, at:])
     out = torch.cat(parts, dim=1)
     return out if gate is None else out * gate
 

@@ -52,7 +52,7 @@ class StepConfig:
     def size(self) -> BatchConfig:
         """Size of the batch."""
         if self.tiny:
-            return BatchConfig(rows=1, length=12, media=2)
+            return BatchConfig(rows=1, length=6, media=1)
         return BatchConfig(rows=self.rows, length=self.length, media=self.media, features=100)
 
 

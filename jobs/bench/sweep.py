@@ -155,7 +155,8 @@ def run(config: SweepConfig, after_task: Callable[[Results, str], None]) -> Resu
             about["not_reached"] = len(chosen) - number
             break
         rows += new
-        after_task(Results(environment=about, rows=rows), _line(task, new, time.monotonic() - started))
+        if new:
+            after_task(Results(environment=about, rows=rows), _line(task, new, time.monotonic() - started))
         if config.device.type == "cuda" and _is_lost(rows):
             about["not_reached"] = len(chosen) - number - 1
             break
