@@ -17,6 +17,9 @@ from kernels.config import is_interpreted
 UPCAST = tl.constexpr(is_interpreted)
 """The interpreter computes with the bit patterns of bf16, so there every operand becomes fp32 first."""
 
+SIZES = ("IMAGES", "B", "T", "H")
+"""Arguments that change from batch to batch: no kernel of their own for 1, or for multiples of 16."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -75,8 +78,6 @@ def _zero_holes(
     x: tl.tensor,
     spans: tl.tensor,
     image: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
     IMAGES: tl.tensor,
     B: tl.tensor,
     T: tl.tensor,
@@ -88,9 +89,9 @@ def _zero_holes(
 ) -> None:
     """Write zeros to the rows between the image before and this one, and after the last image."""
     before = tl.load(spans + image * 2 - 1, mask=image > 0, other=0)
-    _zero_rows(x, before, start, T, x_b, x_t, BLOCK_M, K1, K2)
+    _zero_rows(x, before, tl.load(spans + image * 2), T, x_b, x_t, BLOCK_M, K1, K2)
     if image == IMAGES - 1:
-        _zero_rows(x, end, B * T, T, x_b, x_t, BLOCK_M, K1, K2)
+        _zero_rows(x, tl.load(spans + image * 2 + 1), B * T, T, x_b, x_t, BLOCK_M, K1, K2)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def _scores(
     k1: tl.tensor,
     k2: tl.tensor,
     qk_scale: tl.tensor,
-    R: tl.tensor,
+    R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     K2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,12 +112,13 @@ def _scores(
     if K2 > 0:
         s = _dot(q2, tl.trans(k2), s, PRECISION)
     s *= qk_scale
-    s = tl.where(tl.arange(0, BLOCK_R)[None, :] < R, s, float("-inf"))
+    if R < BLOCK_R:
+        s = tl.where(tl.arange(0, BLOCK_R)[None, :] < R, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     return p, tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def xattn_forward(
     q: tl.tensor,
     k: tl.tensor,
@@ -128,7 +130,6 @@ def xattn_forward(
     B: tl.tensor,
     T: tl.tensor,
     H: tl.tensor,
-    R: tl.tensor,
     qk_scale: tl.tensor,
     q_b: tl.tensor,
     q_t: tl.tensor,
@@ -142,6 +143,7 @@ def xattn_forward(
     o_b: tl.tensor,
     o_t: tl.tensor,
     o_h: tl.tensor,
+    R: tl.constexpr,
     HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     K1: tl.constexpr,
@@ -194,10 +196,10 @@ def xattn_forward(
         if K2 > 0:
             o2 = _dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
             tl.store(o_at + cols2[None, :], o2.to(out.dtype.element_ty), mask=inside)
-    _zero_holes(out, spans, image, start, end, IMAGES, B, T, o_b, o_t, BLOCK_M, K1, K2)
+    _zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K1, K2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def xattn_backward(
     q: tl.tensor,
     k: tl.tensor,
@@ -213,7 +215,6 @@ def xattn_backward(
     B: tl.tensor,
     T: tl.tensor,
     H: tl.tensor,
-    R: tl.tensor,
     scale: tl.tensor,
     q_b: tl.tensor,
     q_t: tl.tensor,
@@ -238,6 +239,7 @@ def xattn_backward(
     dv_i: tl.tensor,
     dv_r: tl.tensor,
     dv_h: tl.tensor,
+    R: tl.constexpr,
     HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     K1: tl.constexpr,
@@ -267,11 +269,9 @@ def xattn_backward(
     if K2 > 0:
         k2 = tl.load(k + lat[:, None] * k_r + cols2[None, :], mask=seen, other=0.0)
         v2 = tl.load(v + lat[:, None] * v_r + cols2[None, :], mask=seen, other=0.0)
-    # The gate and the scale are the same for every row: dk and dv get them once, after the sum.
-    g = 1.0
+    g_scale = scale
     if HAS_GATE:
-        g = tl.load(gate).to(tl.float32)
-    g_scale = g * scale
+        g_scale *= tl.load(gate).to(tl.float32)
 
     row = tl.arange(0, BLOCK_M)
     q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
@@ -307,15 +307,20 @@ def xattn_backward(
         ds = (p * (dp - delta[:, None])).to(k.dtype.element_ty)
         p = tl.trans(p.to(k.dtype.element_ty))
         dv1 = _dot(p, do1, dv1, PRECISION)
+        dk1 = _dot(tl.trans(ds), q1, dk1, PRECISION)
         dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
         tl.store(dq_at + cols1[None, :], dq1.to(dq.dtype.element_ty), mask=inside)
-        dk1 = _dot(tl.trans(ds), q1, dk1, PRECISION)
         if K2 > 0:
             dv2 = _dot(p, do2, dv2, PRECISION)
             dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
             tl.store(dq_at + cols2[None, :], dq2.to(dq.dtype.element_ty), mask=inside)
             dk2 = _dot(tl.trans(ds), q2, dk2, PRECISION)
 
+    # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
+    # again rather than kept in a register all the while; so are the spans.
+    g = 1.0
+    if HAS_GATE:
+        g = tl.load(gate).to(tl.float32)
     wide = tl.cast(chunk, tl.int64)
     dk += wide * dk_c + tl.cast(image, tl.int64) * dk_i + tl.cast(head, tl.int64) * dk_h
     dv += wide * dv_c + tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h
@@ -328,7 +333,7 @@ def xattn_backward(
         tl.store(dv_at + cols2[None, :], (dv2 * g).to(dv.dtype.element_ty), mask=real)
     if HAS_GATE:
         tl.store(dgate + chunk * IMAGES * H + tl.program_id(0), tl.sum(g_rows))
-    _zero_holes(dq, spans, image, start, end, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
+    _zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.config import FILL_PROGRAMS, architecture
 from kernels.gated_xattn import kernel
 from kernels.gated_xattn.reference import check_media_index, check_shapes, values_are_known
-from kernels.gated_xattn.tiles import MAX_LATENTS, WIDTHS, Tile, split_width, tiles
+from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONG_SPAN = 512
@@ -30,10 +30,13 @@ def unsupported(q_BTHK: Tensor, images: int, latents: int) -> str | None:
     batch, rows, heads, width = q_BTHK.shape
     if q_BTHK.dtype not in DTYPES:
         return f"dtype {q_BTHK.dtype} is none of {', '.join(map(str, DTYPES))}"
-    if split_width(width) is None:
+    if width not in WIDTHS:
         return f"head width {width} is none of {', '.join(map(str, WIDTHS))}"
     if not 1 <= latents <= MAX_LATENTS:
         return f"{latents} latents do not fit one tile of at most {MAX_LATENTS}"
+    crowded = latents * width > 64 * 128 or (q_BTHK.dtype == torch.float32 and latents * width > 64 * 64)
+    if q_BTHK.device.type == "cuda" and crowded and architecture(q_BTHK.device) in SMALL_SHARED_MEMORY:
+        return f"{latents} latents of width {width} in {q_BTHK.dtype} exceed this GPU's shared memory"
     if max(batch * rows, images * heads) >= 2**31:
         return "rows, and images times heads, must be below 2**31"
     return None
@@ -195,7 +198,7 @@ def forward(
     with torch.cuda.device_of(q_BTHK):
         kernel.xattn_forward[(images * heads, chunks)](
             q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, out_BTHK,
-            images, batch, rows, heads, latents, width**-0.5 * kernel.LOG2E.value,
+            images, batch, rows, heads, width**-0.5 * kernel.LOG2E.value,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *out_BTHK.stride()[:3],
             **meta,
         )  # fmt: skip
@@ -242,7 +245,7 @@ def backward(
         kernel.xattn_backward[(images * heads, chunks)](
             q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, do_BTHK,
             dq_BTHK, *parts, dgate,
-            images, batch, rows, heads, latents, width**-0.5,
+            images, batch, rows, heads, width**-0.5,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *do_BTHK.stride()[:3],
             *dq_BTHK.stride()[:3], *parts[0].stride()[:4], *parts[1].stride()[:4],
             **meta,
@@ -277,21 +280,21 @@ def _meta(
     q_BTHK: Tensor, latents: int, gate: Tensor | None, *, backward: bool
 ) -> tuple[Tile, dict[str, object]]:
     """Return the tile and the compile-time arguments for queries [B, T, H, K] and a 0-dim gate or None."""
-    width = q_BTHK.shape[-1]
-    parts = split_width(width)
-    assert parts is not None, f"head width {width} was not checked"
-    tile = tiles(width, q_BTHK.dtype, architecture(q_BTHK.device))[backward]
+    block = max(16, 1 << (latents - 1).bit_length())
+    tile = tiles(q_BTHK.shape[-1], block, q_BTHK.dtype, architecture(q_BTHK.device))[backward]
     # As torch's own products: full fp32 unless the user has allowed less.
     exact = q_BTHK.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return tile, {
+        "R": latents,
         "HAS_GATE": gate is not None,
         "PRECISION": "ieee" if exact else "tf32",
-        "K1": parts[0],
-        "K2": parts[1],
-        "BLOCK_R": max(16, 1 << (latents - 1).bit_length()),
+        "K1": tile.parts[0],
+        "K2": tile.parts[1],
+        "BLOCK_R": block,
         "BLOCK_M": tile.rows,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
     }
 
 

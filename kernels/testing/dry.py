@@ -37,8 +37,9 @@ ARCHITECTURES = tuple(SHARED_MEMORY)
 PROCESSORS = 132
 """Streaming multiprocessors that the dry device claims to have."""
 
-_PARKED_BYTES = {100: 16}
-"""Bytes of stack that are not called a spill. On sm_100 even a bare 64 x 64 x 64 product parks 8 bytes, once."""
+_PARKED_BYTES = 16
+"""Bytes of stack that are not called a spill: ptxas parks a scalar or two before a loop and takes them back after it,
+on sm_100 even for a bare 64 x 64 x 64 product, and elsewhere at a limit on registers."""
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -96,8 +97,8 @@ class Record:
 
     @property
     def spills(self) -> bool:
-        """Whether registers are spilled, beyond the odd scalar that ptxas parks around a tcgen05 wait."""
-        return self.stack > _PARKED_BYTES.get(self.arch, 0)
+        """Whether registers are spilled, beyond the odd scalar that is parked."""
+        return self.stack > _PARKED_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
