@@ -29,7 +29,7 @@ def launches(implementation: Implementation, what: str, tensor: Tensor, reason: 
     Args:
         implementation: what the caller asked for.
         what: name of the function, for the error.
-        tensor: any input of it, for the device.
+        tensor: any input of it, of any shape, for the device.
         reason: why the kernel cannot take the inputs, None if it can.
 
     Raises:

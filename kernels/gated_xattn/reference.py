@@ -106,7 +106,7 @@ def naive(
 
 
 def values_are_known(tensor: Tensor) -> bool:
-    """Whether reading `tensor`'s values is possible and free: a plain CPU tensor, not traced or fake."""
+    """Whether reading `tensor` (any shape) is possible and free: a plain CPU tensor, not traced or fake."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 

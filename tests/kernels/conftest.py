@@ -64,7 +64,7 @@ def _check_machine() -> None:
             raise pytest.UsageError("KMODE=cuda needs a CUDA device and a torch built for it.")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """Where this mode's tensors are."""
     return "cuda" if MODE == "cuda" else "cpu"

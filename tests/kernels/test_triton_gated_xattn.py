@@ -63,25 +63,25 @@ def any_spans(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
     return cuts[-1] + draw(st.integers(0, 20)) or 1, list(zip(cuts[::2], cuts[1::2], strict=False))
 
 
-@given(any_spans(), st.integers(1, 3), st.integers(0, 5))
+@given(layout=any_spans(), chunks=st.integers(1, 3), seed=st.integers(0, 5))
 @settings(max_examples=12, deadline=None)
-def test_any_spans(layout, chunks, seed):
+def test_any_spans(device, layout, chunks, seed):
     rows, spans = layout
-    check(Case(rows=rows, spans=spans, heads=1, seed=seed), chunks)
+    check(Case(rows=rows, spans=spans, heads=1, seed=seed, device=device), chunks)
 
 
 @given(
-    st.lists(st.lists(st.integers(0, 4), min_size=7, max_size=7).map(sorted), min_size=1, max_size=2),
-    st.data(),
+    rows=st.lists(st.lists(st.integers(0, 4), min_size=7, max_size=7).map(sorted), min_size=1, max_size=2),
+    data=st.data(),
 )
 @settings(max_examples=20, deadline=None)
-def test_spans_of_any_media_index(rows, data):
+def test_spans_of_any_media_index(device, rows, data):
     index = torch.tensor(rows, dtype=torch.int32)
     for row in index:  # holes: text of the next document before its first image
         for t in data.draw(st.sets(st.integers(0, 6), max_size=2)):
             if t in (0, 6) or row[t] != row[t - 1] or row[t] != row[t + 1]:
                 row[t] = 0
-    spans = op.media_spans(index, 4).tolist()
+    spans = op.media_spans(index.to(device), 4).tolist()
     flat = [bound for span in spans for bound in span]
     assert flat == sorted(flat)
     assert 0 <= flat[0] <= flat[-1] <= index.numel()
