@@ -9,8 +9,6 @@ same choice in every rank and every run, needs no launches to warm up, and can b
 a GPU (`kernels.testing.dry`).
 """
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -52,8 +50,3 @@ def can_launch(tensor: Tensor) -> bool:
     if is_interpreted:
         return tensor.device.type == "cpu"
     return tensor.device.type == "cuda" and torch.version.hip is None
-
-
-def interpreter_requested() -> bool:
-    """Whether the environment asks for the interpreter, whatever was decided at import."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

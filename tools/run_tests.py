@@ -157,7 +157,8 @@ def summary(results: list[PhaseResult]) -> str:
     lines = ["", "=== summary"]
     slowest = sorted((entry for result in results for entry in result.durations), reverse=True)[:5]
     lines += [f"slow: {seconds:6.1f} s  {name}" for seconds, name in slowest if seconds >= 1.0]
-    total: dict[str, int] = {}
+    order = ("failed", "passed", "skipped", "error")
+    total = dict.fromkeys(order, 0)
     for result in results:
         lines += result.broken
         if not result.ok and not result.broken:
@@ -165,10 +166,9 @@ def summary(results: list[PhaseResult]) -> str:
         shown = ", ".join(f"{count} {outcome}" for outcome, count in result.counts.items() if count)
         lines.append(f"{result.name}: {shown or 'no tests'} in {result.seconds:.1f} s")
         for outcome, count in result.counts.items():
-            total[outcome] = total.get(outcome, 0) + count
+            total[outcome] += count
     if not all(result.ok for result in results) and not total["failed"] + total["error"]:
         total["error"] += 1  # a phase that crashed must not end in a green-looking line
-    order = ("failed", "passed", "skipped", "error")
     shown = ", ".join(f"{total[outcome]} {outcome}" for outcome in order if total[outcome])
     lines.append(f"===== {shown or 'no tests ran'} in {sum(result.seconds for result in results):.2f}s =====")
     return "\n".join(lines)
