@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.bench import page, roofline, rows, sweep
+from jobs.bench import layers, page, roofline, rows, sweep
 from jobs.bench.checking import red_ops
 from jobs.bench.plot import write_plot
 from jobs.bench.shapes import OPS
@@ -144,6 +144,7 @@ def _step(given: argparse.Namespace) -> int:
     if device is None:
         print("No CUDA device here, so no step is timed.")
         return 0
+    _need_megatron()
     from jobs.bench.step import StepConfig, lines, run_step
 
     results = run_step(StepConfig(device=device, tiny=given.tiny, layers=given.layers, rows=given.rows))
@@ -158,6 +159,7 @@ def _losses(given: argparse.Namespace) -> int:
     if device is None:
         print("No CUDA device here, so there is no run to compare.")
         return 0
+    _need_megatron()
     from jobs.bench.losses import LossesConfig, run_losses
 
     found = run_losses(LossesConfig(device=device, tiny=given.tiny, steps=given.steps))
@@ -170,6 +172,13 @@ def _losses(given: argparse.Namespace) -> int:
         f"(allowed {found['norm_tolerance']:.0e}): {'agree' if found['agree'] else 'DO NOT AGREE'}"
     )
     return 0 if found["agree"] else 1
+
+
+def _need_megatron() -> None:
+    """Raise `ValueError` where whole networks cannot be built."""
+    why = layers.missing()
+    if why:
+        raise ValueError(f"{why}: install megatron-core 0.16.1, or put its unpacked wheel on PYTHONPATH.")
 
 
 def _page(given: argparse.Namespace) -> int:

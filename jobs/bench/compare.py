@@ -157,7 +157,7 @@ def _peak_mb(built: Built, case: Case) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def _saved_mb(built: Built, case: Case) -> float:
+def _saved_mb(built: Built, case: Case) -> float | None:
     """Return the size of what the forward keeps for the backward, the inputs left out."""
     held = {x.untyped_storage().data_ptr() for x in case.inputs}
     saved: dict[int, int] = {}
@@ -168,8 +168,11 @@ def _saved_mb(built: Built, case: Case) -> float:
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = _run(built.call, case, grad=True)  # alive until counted: addresses are not used twice
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = _run(built.call, case, grad=True)  # alive until counted: addresses are not used twice
+    except RuntimeError:  # a compiled function may refuse hooks; that costs it this figure, not its time
+        return None
     del outputs
     return sum(saved.values()) / 1e6
 

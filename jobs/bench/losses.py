@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.bench.networks import BatchConfig, build, make_batch, smoke_network, with_implementation
+from jobs.bench.networks import (
+    BatchConfig,
+    build,
+    make_batch,
+    one_process,
+    smoke_network,
+    with_implementation,
+)
 from jobs.bench.rows import environment
 from kernels.config import can_launch
 
@@ -47,11 +54,9 @@ def run_losses(config: LossesConfig) -> dict[str, Any]:
             f"flamingo bench losses: Triton kernels cannot run on {config.device}. Use a CUDA device, or set "
             "TRITON_INTERPRET=1 before the start and give --device cpu --tiny."
         )
-    from flamingo_dist.parallel.topology import single_process
-
     # The encoder's convolutions would be in TF32 by default, which alone is 1e-3.
     torch.backends.cudnn.allow_tf32 = False
-    with single_process():
+    with one_process(config.device):
         ours = _train(config, "triton", config.device)
         theirs = _train(config, "reference", torch.device("cpu"))
     pairs = list(zip(ours, theirs, strict=True))

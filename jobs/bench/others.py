@@ -45,13 +45,13 @@ def _concatenated(
 
 
 def eager_add_layernorm(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Run two operators; x and a [rows, D], weight and bias [D]."""
+    """Run two operators; x and a [N, D], weight and bias [D]."""
     y = x + a
     return y, F.layer_norm(y, weight.shape, weight, bias, EPS)
 
 
 def eager_gated_relu2(u: Tensor, gate: Tensor) -> tuple[Tensor]:
-    """Run three operators; u [rows, D], gate 0-dim."""
+    """Run three operators; u [N, D], gate 0-dim."""
     return (F.relu(u).square() * gate,)
 
 

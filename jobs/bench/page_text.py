@@ -14,10 +14,10 @@ make gpu-check                                # kernel tests on the GPU and all 
 ```
 
 `python -m jobs.bench` is the same command where only torch, triton and the standard library are installed; layer,
-step and losses also need megatron-core, the picture matplotlib. Without a GPU `flamingo bench kernels` says so and
-prints the roofline; `--device cpu --tiny` sends tiny shapes through the whole path, from the checks to a page, to
-test the benchmark itself. Results are `kernels.csv` and `kernels.json` (GPU, versions and commit in every line),
-`kernels.png` and this page.
+step and losses also need megatron-core (its wheel with einops and PyYAML is enough), the picture matplotlib. Without
+a GPU `flamingo bench kernels` says so and prints the roofline; `--device cpu --tiny` sends tiny shapes through the
+whole path, from the checks to a page, to test the benchmark itself. Results are `kernels.csv` and `kernels.json`
+(GPU, versions and commit in every line), `kernels.png` and this page.
 """
 
 MEASURED = """

@@ -15,6 +15,7 @@ from jobs.bench.networks import (
     build,
     make_batch,
     network_3b,
+    one_process,
     smoke_network,
     with_implementation,
 )
@@ -58,11 +59,9 @@ class StepConfig:
 
 def run_step(config: StepConfig) -> Results:
     """Return one row for each implementation, with tokens a second."""
-    from flamingo_dist.parallel.topology import single_process
-
     rows: list[Row] = []
     first: float | None = None
-    with single_process():
+    with one_process(config.device):
         for implementation in ("reference", "triton"):
             blank = _blank(config, implementation)
             try:

@@ -76,11 +76,12 @@ def test_other_contenders_agree(shape):
 
 def agree(contender: Contender, shape) -> None:
     subject = subject_of(shape)
-    try:
-        errors = check(subject, contender.build(subject.case))
-    except LeftOutError as reason:
-        assert contender.ours or "no row sees" in str(reason)
+    can_run = not contender.ours and not (contender.name.startswith("B6") and shape.layout == "no_image")
+    if not can_run:
+        with pytest.raises(LeftOutError, match=r"Triton kernels need|no row sees"):
+            contender.build(subject.case)
         return
+    errors = check(subject, contender.build(subject.case))
     assert max(errors.values()) < 2e-6, errors
 
 
