@@ -1,7 +1,8 @@
 # Everything a developer does here, by name. `make` alone lists the names.
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (default: the first fitting one on PATH)
-# ARGS="..."          passed on to `flamingo demo` (make demo) or to pytest (make test, make test-slurm)
+# ARGS="..."          passed on: to `flamingo demo` (make demo), pytest (make test, make test-slurm),
+#                     `flamingo bench kernels` (make bench), tools/gpu_check.py (make gpu-check)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -30,12 +31,20 @@ demo: $(STAMP)  ## train and evaluate a tiny Flamingo on this machine, nothing n
 	@$(BIN)/flamingo demo $(ARGS)
 
 .PHONY: test
-test: $(STAMP)  ## run the tests: light ones in parallel, then those that start processes
-	@$(BIN)/python tools/run_tests.py light distributed -- $(ARGS)
+test: $(STAMP)  ## run the tests: light ones, kernels (interpreted, compiled), those that start processes
+	@$(BIN)/python tools/run_tests.py light interpret dry dry-older distributed -- $(ARGS)
 
 .PHONY: test-slurm
 test-slurm: $(STAMP)  ## run the SLURM integration (Debian: slurmctld slurmd slurm-client munge; as root)
 	@$(BIN)/python tools/run_tests.py slurm -- $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## time the kernels against baselines on a GPU, or print the roofline (ARGS="...")
+	@$(BIN)/flamingo bench kernels $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: $(STAMP)  ## kernel tests, benchmarks and a training run on this machine's GPU, under 9 minutes (ARGS="FOLDER")
+	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 .PHONY: check
 check: $(STAMP)  ## lint, formatting, types, import arrows, docstrings: everything but the tests

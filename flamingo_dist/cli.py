@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `flamingo demo`, `flamingo generate`, `flamingo data`, `flamingo recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +52,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return data(arguments)
 
+    def bench(arguments: list[str]) -> int:
+        from jobs.bench.command import main as bench  # not by jobs.commands: it needs torch alone
+
+        return bench(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -65,6 +70,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "demo": (demo, "fetch real data, train on it and write a report"),
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info"),
+        "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "recipes": (recipes, "list the recipes"),
     }
 

@@ -4,11 +4,17 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from kernels.config import can_launch, have_triton
 from kernels.gated_xattn import reference as gated_xattn_reference
 from kernels.perceiver_attn import reference as perceiver_attn_reference
 
-Implementation = Literal["auto", "reference"]
-"""`reference` is plain PyTorch on any device; `auto` is the fastest that the device has, today the same."""
+if have_triton:
+    from kernels.gated_xattn import op as gated_xattn_op
+    from kernels.perceiver_attn import op as perceiver_attn_op
+
+Implementation = Literal["auto", "reference", "triton"]
+"""`reference` is plain PyTorch on any device; `triton` the kernels, or an error where they cannot run; `auto` is
+`triton` on CUDA tensors of a shape and dtype that the kernel takes, and `reference` elsewhere."""
 
 
 def check_implementation(implementation: str) -> None:
@@ -16,6 +22,35 @@ def check_implementation(implementation: str) -> None:
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation={implementation!r} is not known; choose one of {known}.")
+
+
+def launches(implementation: Implementation, what: str, tensor: Tensor, reason: str | None) -> bool:
+    """Whether to run the Triton kernel.
+
+    Args:
+        implementation: what the caller asked for.
+        what: name of the function, for the error.
+        tensor: any input of it, of any shape, for the device.
+        reason: why the kernel cannot take the inputs, None if it can.
+
+    Raises:
+        ValueError: an unknown implementation, or `triton` where it cannot run.
+    """
+    check_implementation(implementation)
+    if implementation == "reference":
+        return False
+    if implementation == "auto":
+        return tensor.device.type == "cuda" and can_launch(tensor) and reason is None
+    if not can_launch(tensor) and tensor.device.type != "meta":
+        reason = (
+            f"the tensors are on {tensor.device}; it needs CUDA, or a CPU with TRITON_INTERPRET=1 set before "
+            "the process starts"
+        )
+    if not have_triton:
+        reason = "triton is not installed"
+    if reason is not None:
+        raise ValueError(f"{what}: implementation='triton' cannot run: {reason}. Choose 'auto'.")
+    return True
 
 
 def gated_xattn(
@@ -30,10 +65,24 @@ def gated_xattn(
 ) -> Tensor:
     """Image-causal cross-attention times a gate; `kernels.gated_xattn.reference` has the contract.
 
+    The Triton kernel asks for more: in each sample the rows of a medium are contiguous, and media come in ascending
+    order (rows with index 0 may be anywhere between them). That is checked on a CPU alone. `attend_all`
+    always runs on the reference.
+
     Returns:
         [B, T, H, K] in the queries' dtype.
+
+    Raises:
+        ValueError: inputs that do not fit, or an implementation that cannot run.
     """
-    check_implementation(implementation)
+    if attend_all:
+        check_implementation(implementation)
+        implementation = "reference"
+    reason = None
+    if implementation != "reference" and have_triton and k_BMRHK.dim() == 5:
+        reason = gated_xattn_op.unsupported(q_BTHK, k_BMRHK.shape[0] * k_BMRHK.shape[1], k_BMRHK.shape[2])
+    if launches(implementation, "gated_xattn", q_BTHK, reason):
+        return gated_xattn_op.gated_xattn_batched(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate)
     return gated_xattn_reference.gated_xattn(
         q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate, attend_all=attend_all
     )
@@ -54,7 +103,9 @@ def perceiver_attn(
     Returns:
         [N, R, H, K] in the queries' dtype.
     """
-    check_implementation(implementation)
-    return perceiver_attn_reference.perceiver_attn(
-        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ
-    )
+    inputs = (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
+    perceiver_attn_reference.check_shapes(*inputs)
+    reason = perceiver_attn_op.unsupported(q_NRHK) if have_triton else None
+    if launches(implementation, "perceiver_attn", q_NRHK, reason):
+        return perceiver_attn_op.perceiver_attn_op(*inputs, 0)[0]
+    return perceiver_attn_reference.perceiver_attn(*inputs)

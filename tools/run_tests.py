@@ -1,11 +1,14 @@
 """Runs the test suite in phases and ends with one summary.
 
-Light tests run in parallel; tests that start processes of their own run one after another, so that two
-cores are not fought over; tests of the SLURM job need SLURM's daemons and run on request.
+Light tests run in parallel; kernel tests run once under Triton's interpreter and once compiled for a GPU that is not
+there, on the pinned Triton and on the older one that torch 2.11 brings, each in processes of its own; tests that start
+processes of their own run one after another, so that two cores are not fought over; tests of the SLURM job need SLURM's
+daemons and run on request, those on a GPU need one.
 
-Usage: ``python tools/run_tests.py light distributed [slurm] -- [pytest arguments]``
+Usage: ``python tools/run_tests.py light interpret dry dry-older distributed [slurm] [cuda] -- [pytest arguments]``
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,12 +21,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PHASES: dict[str, list[str]] = {
-    "light": ["-m", "not distributed and not slurm", "-n", "2"],
-    "distributed": ["-m", "distributed and not slurm"],
-    "slurm": ["-m", "slurm"],
+OLDER_TRITON = "3.6.0"
+"""What torch 2.11 pins, the oldest Triton that kernels have to compile on; it works beside any torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What pytest is asked for in one phase."""
+
+    select: list[str]
+    """Options that choose the tests."""
+    paths: list[str] = field(default_factory=list)
+    """Where to look, unless the caller's arguments name a path."""
+    mode: str = "reference"
+    """KMODE of the kernel tests, see tests/kernels/conftest.py."""
+    triton: str | None = None
+    """Version of Triton that replaces the installed one."""
+
+
+_KERNELS = ["tests/kernels"]
+
+PHASES: dict[str, Phase] = {
+    "light": Phase(select=["-m", "not distributed and not slurm", "-n", "2"]),
+    "interpret": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="interpret"),
+    "dry": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry"),
+    "dry-older": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON),
+    "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
+    "distributed": Phase(select=["-m", "distributed and not slurm"]),
+    "slurm": Phase(select=["-m", "slurm"]),
 }
-"""What pytest is asked for in each phase."""
 
 NO_TESTS_COLLECTED = 5
 """Exit code of pytest when the selection is empty."""
@@ -66,16 +92,58 @@ def read_junit(path: Path, result: PhaseResult) -> None:
     result.counts = counts
 
 
+def cached_triton(version: str) -> Path | None:
+    """Return a folder that holds Triton `version`, installed there if it was not; None where it cannot be had.
+
+    Outside the repository and outside the environment, whose own Triton stays as it is.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flamingo-dist"
+    folder = cache / f"triton-{version}-py{sys.version_info.major}{sys.version_info.minor}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as fresh:
+        wanted = ["--no-deps", "--target", f"{fresh}/triton", f"triton=={version}"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
+        print(f"installing triton {version} into {folder}", flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"triton {version} cannot be had here:\n{done.stderr.strip()[-2000:]}", flush=True)
+            return None
+        with contextlib.suppress(OSError):  # another run was faster
+            Path(fresh, "triton").rename(folder)
+    return folder
+
+
+def environment_of(phase: Phase) -> dict[str, str] | None:
+    """Return the environment that pytest gets in `phase`; None where its Triton is missing."""
+    # One thread a process: two workers with a thread pool each would fight over the cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "KMODE": phase.mode}
+    if phase.triton is not None:
+        folder = cached_triton(phase.triton)
+        if folder is None:
+            return None
+        paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment
+
+
 def run_phase(name: str, extra: list[str]) -> PhaseResult:
     """Run one phase with its output shown as it comes."""
+    phase = PHASES[name]
+    print(f"=== {name} tests", flush=True)
+    start = time.monotonic()
+    environment = environment_of(phase)
+    if environment is None:
+        needed = os.environ.get("CI") == "true"
+        print(f"{'FAILED' if needed else 'skipped'}: {name} needs triton {phase.triton}", flush=True)
+        outcome = "error" if needed else "skipped"
+        return PhaseResult(name, 1 if needed else 0, time.monotonic() - start, {outcome: 1})
+    given = any((ROOT / argument.split("::")[0]).exists() for argument in extra if argument[:1] != "-")
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", *PHASES[name], f"--junitxml={junit}", *extra]
-        # One thread a process: two workers with a thread pool each would fight over the cores.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        print(f"=== {name} tests", flush=True)
-        start = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        command = [sys.executable, "-m", "pytest", "-q", *phase.select, f"--junitxml={junit}", *extra]
+        process = subprocess.Popen([*command, *([] if given else phase.paths)], cwd=ROOT, env=environment)
         # Whoever ends this script (a CI's time limit) means pytest, which then ends what its fixtures started.
         signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
         code = process.wait()
@@ -89,7 +157,8 @@ def summary(results: list[PhaseResult]) -> str:
     lines = ["", "=== summary"]
     slowest = sorted((entry for result in results for entry in result.durations), reverse=True)[:5]
     lines += [f"slow: {seconds:6.1f} s  {name}" for seconds, name in slowest if seconds >= 1.0]
-    total: dict[str, int] = {}
+    order = ("failed", "passed", "skipped", "error")
+    total = dict.fromkeys(order, 0)
     for result in results:
         lines += result.broken
         if not result.ok and not result.broken:
@@ -97,10 +166,9 @@ def summary(results: list[PhaseResult]) -> str:
         shown = ", ".join(f"{count} {outcome}" for outcome, count in result.counts.items() if count)
         lines.append(f"{result.name}: {shown or 'no tests'} in {result.seconds:.1f} s")
         for outcome, count in result.counts.items():
-            total[outcome] = total.get(outcome, 0) + count
+            total[outcome] += count
     if not all(result.ok for result in results) and not total["failed"] + total["error"]:
         total["error"] += 1  # a phase that crashed must not end in a green-looking line
-    order = ("failed", "passed", "skipped", "error")
     shown = ", ".join(f"{total[outcome]} {outcome}" for outcome in order if total[outcome])
     lines.append(f"===== {shown or 'no tests ran'} in {sum(result.seconds for result in results):.2f}s =====")
     return "\n".join(lines)

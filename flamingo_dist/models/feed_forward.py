@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flamingo_dist.models.linear import column_linear, fan_in_std, row_linear
+from flamingo_dist.models.linear import column_linear, fan_in_std, row_linear, sum_grad_over_tp
+from kernels.dispatch import Implementation
+from kernels.dispatch_fused import gated_relu2
 
 Activation = Literal["sqrelu", "gelu", "relu", "silu_gated"]
 """Squared ReLU (the paper's), exact GELU, ReLU, or SwiGLU with a gate projection of its own."""
@@ -30,10 +32,12 @@ class FeedForward(nn.Module):
         *,
         activation: Activation,
         init_std: float | None = None,
+        implementation: Implementation = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.implementation = implementation
         std_in = fan_in_std(width) if init_std is None else init_std
         std_out = fan_in_std(hidden) if init_std is None else init_std
         gated = activation == "silu_gated"
@@ -41,17 +45,28 @@ class FeedForward(nn.Module):
         self.up = column_linear(width, hidden, std=std_in, dtype=dtype)
         self.down = row_linear(hidden, width, std=std_out, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x of shape [..., width] to the same shape, dtype of the parameters."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Map x of shape [..., width] to the same shape, dtype of the parameters, times the gate.
+
+        Args:
+            x: [..., width] floating, dtype of the parameters.
+            gate: factor of the result, 0-dim or [width], dtype of the parameters; None multiplies by nothing.
+        """
         u, _ = self.up(x)
+        if self.activation == "sqrelu" and (gate is None or gate.dim() == 0):
+            # A scalar gate commutes with the projection that follows. Each rank multiplies its own hidden units
+            # by it, so it has only their part of the gate's gradient.
+            inner = None if gate is None else sum_grad_over_tp(gate)
+            folded: Tensor = self.down(gated_relu2(u, inner, implementation=self.implementation))[0]
+            return folded
+        out: Tensor = self.down(self._activate(u, x))[0]
+        return out if gate is None else out * gate
+
+    def _activate(self, u: Tensor, x: Tensor) -> Tensor:
+        """Return the hidden activations [..., hidden] from u [..., hidden] and the input x [..., width]."""
         if self.gate is not None:
             g, _ = self.gate(x)
-            h = F.silu(g) * u
-        elif self.activation == "sqrelu":
-            h = F.relu(u).square()
-        elif self.activation == "relu":
-            h = F.relu(u)
-        else:
-            h = F.gelu(u)
-        out: Tensor = self.down(h)[0]
-        return out
+            return F.silu(g) * u
+        if self.activation == "sqrelu":
+            return gated_relu2(u, implementation=self.implementation)
+        return F.relu(u) if self.activation == "relu" else F.gelu(u)

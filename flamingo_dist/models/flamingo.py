@@ -7,7 +7,7 @@ R latents, E resampler width, D LM width, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -89,15 +89,6 @@ class FlamingoOutput(NamedTuple):
 class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
-    gather_units: ClassVar = (
-        TransformerLayer,
-        GatedCrossAttentionBlock,
-        PerceiverLayer,
-        VisionEncoder,
-    )
-    """Modules whose weights are wanted together: what ZeRO-3 gathers at once. Not the vocabulary, which runs twice
-    in a forward: DeepSpeed would reduce its gradients twice."""
-
     def __init__(
         self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
     ) -> None:
@@ -124,6 +115,16 @@ class Flamingo(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the trainable parts compute in."""
         return next(self.resampler.parameters()).dtype
+
+    @property
+    def gather_units(self) -> tuple[type[nn.Module], ...]:
+        """Classes of modules whose weights are wanted together: what ZeRO-3 gathers at once.
+
+        A layer of the Resampler, or the whole of it where all its layers' weights are wanted at its start. Not
+        the vocabulary, which runs twice in a forward: DeepSpeed would reduce its gradients twice.
+        """
+        resampler = PerceiverResampler if self.config.resampler.shared_feature_kv else PerceiverLayer
+        return (TransformerLayer, GatedCrossAttentionBlock, resampler, VisionEncoder)
 
     def new_cache(self) -> KeyValueCache:
         """Return an empty key/value cache for generation."""

@@ -15,7 +15,7 @@ from flamingo_dist.models.linear import (
     sum_grad_over_tp,
     tp_share,
 )
-from flamingo_dist.models.norms import NormKind, build_head_norm, build_norm
+from flamingo_dist.models.norms import AddNorm, NormKind, build_head_norm, build_norm
 from kernels.dispatch import Implementation, check_implementation, gated_xattn
 
 
@@ -50,7 +50,7 @@ class GatedBlockConfig:
     init_std: float | None = None
     """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s own."""
     implementation: Implementation = "auto"
-    """Attention implementation, see `kernels.dispatch`."""
+    """Implementation of attention, residual norm and FFW activation, see `kernels.dispatch`."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -173,12 +173,19 @@ class GatedCrossAttentionBlock(nn.Module):
         self.gate_ffw = tag(nn.Parameter(torch.empty(gate_width, dtype=dtype)), value=config.gate_init)
         self.norm_attn = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         self.attn = CrossAttention(config, dtype=dtype)
-        self.norm_ffw = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+        self.norm_ffw = AddNorm(
+            config.width,
+            kind=config.norm,
+            eps=config.norm_eps,
+            implementation=config.implementation,
+            dtype=dtype,
+        )
         self.ffw = FeedForward(
             config.width,
             config.ffw_hidden,
             activation=config.activation,
             init_std=config.init_std,
+            implementation=config.implementation,
             dtype=dtype,
         )
         self._last_gates: tuple[Tensor, Tensor] | None = None
@@ -216,10 +223,8 @@ class GatedCrossAttentionBlock(nn.Module):
             gate_attn.squeeze(0) if scalar else None,
             media_kv,
         )
-        if not scalar:
-            update_TBD = update_TBD * gate_attn
-        x_TBD = x_TBD + update_TBD.to(x_TBD.dtype)
-        update_TBD = self.ffw(self.norm_ffw(x_TBD)) * gate_ffw
+        x_TBD, normed_TBD = self.norm_ffw(x_TBD, update_TBD, None if scalar else gate_attn)
+        update_TBD = self.ffw(normed_TBD, gate_ffw.squeeze(0) if scalar else gate_ffw)
         return x_TBD + update_TBD.to(x_TBD.dtype)
 
     def gates(self) -> tuple[Tensor, Tensor]:

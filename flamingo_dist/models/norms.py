@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from flamingo_dist.models.init import tag
 from flamingo_dist.models.linear import sum_grad_over_tp
+from kernels.dispatch import Implementation
+from kernels.dispatch_fused import add_layernorm
 
 NormKind = Literal["layer", "rms"]
 
@@ -47,9 +49,52 @@ class Norm(nn.Module):
             return F.rms_norm(x, (self.width,), weight, self.eps)
         return F.layer_norm(x, (self.width,), weight, bias, self.eps)
 
+    def without_affine(self, x: Tensor) -> Tensor:
+        """Normalise x of shape [..., width] without scale and shift; reads no parameter's values."""
+        x = x.to(self.weight.dtype)
+        if self.kind == "rms":
+            return F.rms_norm(x, (self.width,), None, self.eps)
+        return F.layer_norm(x, (self.width,), None, None, self.eps)
+
     def extra_repr(self) -> str:
         """Return what `print` shows."""
         return f"{self.width}, kind={self.kind}, eps={self.eps}, per_head={self.per_head}"
+
+
+class AddNorm(Norm):
+    """The residual addition that comes before a norm, and the norm, fused where there is a kernel for both."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        kind: NormKind,
+        eps: float,
+        implementation: Implementation = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(width, kind=kind, eps=eps, per_head=False, dtype=dtype)
+        self.implementation = implementation
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, update: Tensor, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a branch to the stream and normalise the sum.
+
+        Args:
+            x: stream of shape [..., width], floating.
+            update: [..., width] result of a branch, dtype of the parameters.
+            gate: [width] factor of each channel of the update, dtype of the parameters, or None.
+
+        Returns:
+            x + gate * update [..., width] in the dtype of `x`, and its norm [..., width] in the parameters'.
+        """
+        if self.bias is not None:
+            return add_layernorm(
+                x, update, self.weight, self.bias, gate, eps=self.eps, implementation=self.implementation
+            )
+        x = x + (update if gate is None else update * gate).to(x.dtype)
+        return x, super().forward(x)
 
 
 def build_norm(width: int, *, kind: NormKind, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Norm:

@@ -107,4 +107,4 @@ def build_engine(
         config, parallel, topology, dtype=train.torch_dtype, seed=train.seed, ds_config=ds_config
     )
     optimizer = make_optimizer(model.named_parameters(), train.optimizer)
-    return make_engine(model, optimizer, ds_config, units=Flamingo.gather_units)
+    return make_engine(model, optimizer, ds_config, units=model.gather_units)

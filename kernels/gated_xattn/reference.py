@@ -43,8 +43,8 @@ def gated_xattn(
         ValueError: shapes that do not fit, or a media index outside 0..M. Indices on an accelerator are not
             read back (that would stall it); a row whose index is out of range sees nothing there.
     """
-    _check_shapes(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate)
-    values_known = _values_are_known(media_index_BT)
+    check_shapes(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate)
+    values_known = values_are_known(media_index_BT)
     media = k_BMRHK.shape[1]
     if values_known:
         check_media_index(media_index_BT, media)
@@ -105,15 +105,15 @@ def naive(
     return out_BTHK if gate is None else out_BTHK * gate
 
 
-def _values_are_known(tensor: Tensor) -> bool:
-    """Whether reading `tensor`'s values is possible and free: a plain CPU tensor, not traced or fake."""
+def values_are_known(tensor: Tensor) -> bool:
+    """Whether reading `tensor` (any shape) is possible and free: a plain CPU tensor, not traced or fake."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
-def _check_shapes(
+def check_shapes(
     q_BTHK: Tensor, k_BMRHK: Tensor, v_BMRHK: Tensor, media_index_BT: Tensor, gate: Tensor | None
 ) -> None:
-    """Raise `ValueError` unless the shapes fit together."""
+    """Raise `ValueError` unless the shapes fit together: those of `gated_xattn`."""
     b, t, h, k = q_BTHK.shape
     if k_BMRHK.dim() != 5 or k_BMRHK.shape != v_BMRHK.shape or k_BMRHK.shape[::3] != (b, h):
         raise ValueError(

@@ -32,7 +32,7 @@ def perceiver_attn(
     Raises:
         ValueError: shapes that do not fit.
     """
-    _check_shapes(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
+    check_shapes(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
     mask = None
     if feature_mask_NJ is not None:
         mask = F.pad(feature_mask_NJ, (0, k_lat_NRHK.shape[1]), value=True)[:, None, None, :]
@@ -69,7 +69,7 @@ def naive(
     return torch.stack(out_rows).view(media, latents, heads, width)
 
 
-def _check_shapes(
+def check_shapes(
     q_NRHK: Tensor,
     k_feat_NJHK: Tensor,
     v_feat_NJHK: Tensor,

@@ -72,6 +72,26 @@ def test_equals_idefics(qk_norm):
     compare(ours, theirs, pairs, theirs)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_shared_feature_kv_is_the_same_function_of_the_same_parameters(qk_norm, norm):
+    changes = {"depth": 3, "feature_width": 10, "qk_norm": qk_norm, "norm": norm}
+    plain, shared = build(**changes), build(**changes, shared_feature_kv=True)
+    oracles.randomise(plain)  # scales and shifts other than 1 and 0
+    shared.load_state_dict(plain.state_dict(), strict=True)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    got, want = [], []
+    for resampler, found in ((shared, got), (plain, want)):
+        x = features(N, F, S, 10).requires_grad_()
+        out = resampler(x, mask)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)).sum().backward()
+        found += [("out", out.detach()), ("features", x.grad)]
+        found += [(name, param.grad) for name, param in resampler.named_parameters()]
+    for (name, a), (_, b) in zip(got, want, strict=True):
+        assert b.any(), name
+        assert (a - b).norm() <= 1e-12 * max(b.norm(), 1e-2), (name, (a - b).norm() / b.norm())
+
+
 def test_projects_features_of_another_width():
     ours, same = build(feature_width=10), build()
     same.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "project.weight"})

@@ -26,7 +26,15 @@ RESAMPLER: dict[str, Any] = {"width": E, "depth": 2, "latents": R, "heads": 4, "
 CASES: dict[str, ResamplerConfig | GatedBlockConfig] = {
     "resampler": ResamplerConfig(**RESAMPLER, feature_width=E),
     "resampler with projection and qk norm": ResamplerConfig(**RESAMPLER, feature_width=10, qk_norm=True),
+    "resampler with shared feature K/V": ResamplerConfig(
+        **RESAMPLER, feature_width=E, shared_feature_kv=True
+    ),
+    "resampler of RMS norms, shared": ResamplerConfig(
+        **RESAMPLER, feature_width=10, qk_norm=True, norm="rms", shared_feature_kv=True
+    ),
     "block": GatedBlockConfig(**BLOCK),
+    "block with a vector gate": GatedBlockConfig(**BLOCK, gate="vector"),
+    "block with GELU": GatedBlockConfig(**BLOCK, activation="gelu"),
     "block with attend_all": GatedBlockConfig(**BLOCK, attend_all=True),
     "block of IDEFICS": GatedBlockConfig(
         **BLOCK, gate="vector", activation="silu_gated", norm="rms", qk_norm=True

@@ -1,6 +1,7 @@
-"""The new modules under ZeRO-3: no parameter is used outside its own module's forward."""
+"""The new modules under ZeRO-3: no parameter is used outside its own module's forward, or its unit's."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,9 +33,9 @@ BLOCK = GatedBlockConfig(
 class Both(nn.Module):
     """Resampler and gated block, as the network joins them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool) -> None:
         super().__init__()
-        self.resampler = PerceiverResampler(RESAMPLER)
+        self.resampler = PerceiverResampler(replace(RESAMPLER, shared_feature_kv=shared))
         self.block = GatedCrossAttentionBlock(BLOCK)
 
     def forward(self, x_TBD: Tensor, features: Tensor) -> Tensor:
@@ -42,7 +43,9 @@ class Both(nn.Module):
         return self.block(x_TBD, latents, INDEX).square().sum()
 
 
-def train_once(topology: Topology, stage: int) -> tuple[int, float, list[float], dict[str, Tensor]]:
+def train_once(
+    topology: Topology, stage: int, shared: bool = False, units: tuple[type[nn.Module], ...] = ()
+) -> tuple[int, float, list[float], dict[str, Tensor]]:
     """Loss, gates and the gradient of every parameter: this tensor-parallel rank's part, whole over ZeRO."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -53,7 +56,7 @@ def train_once(topology: Topology, stage: int) -> tuple[int, float, list[float],
     )
     config = deepspeed_config(parallel, topology, dtype=torch.float32, clip_norm=0.0)
     with building(parallel, config) if partitioned else nullcontext():
-        model = Both()
+        model = Both(shared=shared)
 
     def value_of(name: str, param: Any) -> Tensor:
         return draw(
@@ -66,7 +69,8 @@ def train_once(topology: Topology, stage: int) -> tuple[int, float, list[float],
         )
 
     fill_parameters(model, value_of)
-    engine = make_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = make_engine(model, optimizer, config, units=units)
     gen = torch.Generator().manual_seed(1)
     x, features = torch.randn(T, B, 20, generator=gen), torch.randn(B * M, 2, 5, 10, generator=gen)
     loss = engine(x, features)
@@ -80,10 +84,17 @@ def train_once(topology: Topology, stage: int) -> tuple[int, float, list[float],
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("shared", "units"),
+    [(False, ()), (True, (PerceiverResampler,))],
+    ids=["every module", "shared K/V, one unit"],
+)
 @pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
-def test_zero_3_equals_no_zero(ranks, world, tensor):
+def test_zero_3_equals_no_zero(ranks, world, tensor, shared, units):
     plain = {r[0]: r for r in ranks.run(train_once, 0, world=tensor, tensor=tensor)}
-    for tensor_rank, loss, gates, grads in ranks.run(train_once, 3, world=world, tensor=tensor):
+    for tensor_rank, loss, gates, grads in ranks.run(
+        train_once, 3, shared, units, world=world, tensor=tensor
+    ):
         _, want_loss, want_gates, want = plain[tensor_rank]
         assert loss == pytest.approx(want_loss, rel=1e-6)
         assert gates == want_gates == pytest.approx([0.537, 0.537], abs=1e-3)

@@ -1,0 +1,148 @@
+"""Networks of the step benchmark and of the comparison with the CPU, and batches for them.
+
+The sizes are those of the recipes `smoke` and `flamingo_3b` (a test compares them); the recipes themselves need the
+data pipeline, which a machine that only measures may lack.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.gated_block import GatedBlockConfig
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.resampler import ResamplerConfig
+from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
+from flamingo_dist.training.batch import TrainBatch
+
+
+def smoke_network() -> FlamingoConfig:
+    """Return the network of the recipe `smoke`."""
+    return FlamingoConfig(
+        lm=LMConfig(
+            vocab_size=260, num_layers=4, width=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_width=128
+        ),
+        vision=VisionConfig(name="tiny", image_size=32, tiny_width=32),
+        resampler=ResamplerConfig(
+            feature_width=32, width=48, depth=2, latents=8, heads=4, head_dim=16, frames=4
+        ),
+        gated=GatedBlockConfig(width=64, media_width=48, heads=4, head_dim=16, ffw_hidden=256),
+        cross_every=2,
+    )
+
+
+def network_3b(layers: int) -> FlamingoConfig:
+    """Return the network of the recipe `flamingo_3b` with `layers` of its 24 blocks."""
+    width, heads = 2048, 16
+    vision = VisionConfig(name="tiny", image_size=320, tiny_width=1536)
+    return FlamingoConfig(
+        lm=LMConfig(
+            vocab_size=32_000,
+            num_layers=layers,
+            width=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=128,
+            ffn_width=4 * width,
+            activation="gelu",
+        ),
+        vision=vision,
+        resampler=ResamplerConfig(feature_width=vision.width, width=1536, latents=64),
+        gated=GatedBlockConfig(
+            width=width, media_width=1536, heads=heads, head_dim=128, ffw_hidden=4 * width
+        ),
+        cross_every=1,
+    )
+
+
+def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_init: float) -> FlamingoConfig:
+    """Return `config` with the kernels' implementation and the initial gates set."""
+    return replace(
+        config,
+        resampler=replace(config.resampler, implementation=implementation),
+        gated=replace(config.gated, implementation=implementation, gate_init=gate_init),
+    )
+
+
+def build(config: FlamingoConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Flamingo:
+    """Return the network on `device`, filled from its parameters' names and the seed alone.
+
+    Megatron's groups must be initialised (`one_process`).
+    """
+    from flamingo_dist.models.init import draw, tag_of
+
+    model = Flamingo(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = draw(name, tag_of(parameter), parameter.shape, seed=seed, tp_rank=0, tp_size=1)
+            parameter.copy_(values)
+    return model.to(device)
+
+
+@contextmanager
+def one_process(device: torch.device) -> Iterator[None]:
+    """Give Megatron the groups that it asks for, in a world of this process alone.
+
+    On CUDA collectives go through NCCL: gloo would move the head's through the CPU in every step.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    init_groups(Topology(world=1, rank=0, tensor=1))
+    try:
+        yield
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Size of a made-up batch."""
+
+    rows: int
+    """B."""
+    length: int
+    """T."""
+    media: int
+    """M."""
+    features: int = 0
+    """S, features of a medium; 0 sends pixels through the encoder."""
+
+
+def make_batch(config: FlamingoConfig, size: BatchConfig, *, seed: int) -> TrainBatch:
+    """Return a batch of random tokens whose images stand at even distances after a lead, on the CPU.
+
+    Args:
+        config: the network that it is for.
+        size: how much.
+        seed: of everything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, config.lm.vocab_size, (size.rows, size.length), generator=generator)
+    index = torch.zeros(size.rows, size.length, dtype=torch.int32)
+    lead = max(1, size.length // 16)
+    for medium in range(size.media):
+        place = lead + medium * (size.length - lead) // size.media
+        tokens[:, place] = config.lm.vocab_size
+        index[:, place:] = medium + 1
+    mask = tokens < config.lm.vocab_size
+    mask[:, 0] = False
+    shape = (size.rows, size.media, 1)
+    if size.features:
+        media: Tensor = torch.randn(*shape, size.features, config.vision.width, generator=generator)
+    else:
+        pixels = (*shape, 3, config.vision.image_size, config.vision.image_size)
+        media = torch.randint(0, 256, pixels, generator=generator).to(torch.uint8)
+    return TrainBatch(
+        tokens_BT=tokens,
+        loss_mask_BT=mask,
+        media_index_BT=index,
+        media=media,
+        media_mask_BM=torch.ones(size.rows, size.media, dtype=torch.bool),
+    )

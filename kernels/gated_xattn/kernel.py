@@ -1,0 +1,376 @@
+"""Image-causal gated cross-attention in Triton, forward and backward; README.md has the mathematics.
+
+A text row sees one image, and an image's latents fit one tile. So a row's softmax is complete inside one tile (no
+running maximum, no saved statistics), and a program that owns one image and one head owns every row of that image's
+span: one pass writes dq, dk and dv, without atomics.
+
+Letters: B samples of T rows (the spans count the rows of all samples, 0 .. B*T-1), I images (`IMAGES`) with R latents
+each, H heads of width K = K1 + K2: a tile's sides are powers of two, so 80 is 64 + 16 and 96 is 64 + 32, and K2 is 0
+elsewhere. Tiles: BLOCK_M rows, BLOCK_R >= R latents.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.config import is_interpreted
+
+UPCAST = tl.constexpr(is_interpreted)
+"""The interpreter computes with the bit patterns of bf16, so there every operand becomes fp32 first."""
+
+SIZES = ("IMAGES", "B", "T", "H")
+"""Arguments that change from batch to batch: no kernel of their own for 1, or for multiples of 16."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _operand(x: tl.tensor) -> tl.tensor:
+    """Return x as the dot products want it: as loaded, or in fp32 under the interpreter."""
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return acc + a @ b in fp32."""
+    return tl.dot(_operand(a), _operand(b), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _chunk(start: tl.tensor, end: tl.tensor, BLOCK_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return this program's part of rows start .. end-1, which axis 1 of the grid shares in whole tiles."""
+    tiles = tl.cdiv(end - start, BLOCK_M)
+    rows = tl.cdiv(tiles, tl.num_programs(1)) * BLOCK_M
+    lo = start + tl.program_id(1) * rows
+    return lo, tl.minimum(lo + rows, end)
+
+
+@triton.jit
+def _zero_rows(
+    x: tl.tensor,
+    lo: tl.tensor,
+    hi: tl.tensor,
+    T: tl.tensor,
+    x_b: tl.tensor,
+    x_t: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> None:
+    """Write zeros to rows lo .. hi-1 of one head; they may belong to several samples."""
+    lo, hi = _chunk(lo, hi, BLOCK_M)
+    cols1 = tl.arange(0, K1)
+    for first in range(lo, hi, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        sample = row // T
+        at = x + (sample.to(tl.int64) * x_b + (row - sample * T).to(tl.int64) * x_t)[:, None]
+        zero = tl.zeros((BLOCK_M, K1), x.dtype.element_ty)
+        tl.store(at + cols1[None, :], zero, mask=(row < hi)[:, None])
+        if K2 > 0:
+            cols2 = K1 + tl.arange(0, K2)
+            zero2 = tl.zeros((BLOCK_M, K2), x.dtype.element_ty)
+            tl.store(at + cols2[None, :], zero2, mask=(row < hi)[:, None])
+
+
+@triton.jit
+def _zero_holes(
+    x: tl.tensor,
+    spans: tl.tensor,
+    image: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    x_b: tl.tensor,
+    x_t: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> None:
+    """Write zeros to the rows between the image before and this one, and after the last image."""
+    before = tl.load(spans + image * 2 - 1, mask=image > 0, other=0)
+    _zero_rows(x, before, tl.load(spans + image * 2), T, x_b, x_t, BLOCK_M, K1, K2)
+    if image == IMAGES - 1:
+        _zero_rows(x, tl.load(spans + image * 2 + 1), B * T, T, x_b, x_t, BLOCK_M, K1, K2)
+
+
+@triton.jit
+def _scores(
+    q1: tl.tensor,
+    q2: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    qk_scale: tl.tensor,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    K2: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return exp2(s - max s) and its row sums, for s = q k^T * qk_scale over the R real latents."""
+    s = tl.zeros((q1.shape[0], BLOCK_R), tl.float32)
+    s = _dot(q1, tl.trans(k1), s, PRECISION)
+    if K2 > 0:
+        s = _dot(q2, tl.trans(k2), s, PRECISION)
+    s *= qk_scale
+    if R < BLOCK_R:
+        s = tl.where(tl.arange(0, BLOCK_R)[None, :] < R, s, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p, tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def xattn_forward(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    spans: tl.tensor,
+    gate: tl.tensor,
+    out: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    qk_scale: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_i: tl.tensor,
+    k_r: tl.tensor,
+    k_h: tl.tensor,
+    v_i: tl.tensor,
+    v_r: tl.tensor,
+    v_h: tl.tensor,
+    o_b: tl.tensor,
+    o_t: tl.tensor,
+    o_h: tl.tensor,
+    R: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """One image, one head, one chunk of its span: K and V loaded once, then a loop over tiles of rows.
+
+    Pointers: q, out [B, T, H, K]; k, v [I, R, H, K]; spans int [I, 2] contiguous; gate 0-dim or unused. Strides are
+    in elements, the last is 1 everywhere. Grid: (I * H, chunks).
+    """
+    image, head = tl.program_id(0) // H, tl.program_id(0) % H
+    start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
+    lo, hi = _chunk(start, end, BLOCK_M)
+    sample = start // T
+
+    lat = tl.arange(0, BLOCK_R)
+    cols1, cols2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    seen = (lat < tl.where(lo < hi, R, 0))[:, None]  # nothing is read for an empty span
+    k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
+    v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
+    k1 = tl.load(k + lat[:, None] * k_r + cols1[None, :], mask=seen, other=0.0)
+    v1 = tl.load(v + lat[:, None] * v_r + cols1[None, :], mask=seen, other=0.0)
+    k2, v2 = k1, v1
+    if K2 > 0:
+        k2 = tl.load(k + lat[:, None] * k_r + cols2[None, :], mask=seen, other=0.0)
+        v2 = tl.load(v + lat[:, None] * v_r + cols2[None, :], mask=seen, other=0.0)
+    g = 1.0
+    if HAS_GATE:
+        g = tl.load(gate).to(tl.float32)
+
+    row = tl.arange(0, BLOCK_M)
+    out += tl.cast(head, tl.int64) * o_h
+    q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
+    out_rows = out + tl.cast(sample, tl.int64) * o_b
+    for first in range(lo, hi, BLOCK_M):
+        inside = (row < hi - first)[:, None]
+        q_at = q + tl.cast(first - sample * T, tl.int64) * q_t + row[:, None] * q_t
+        q1 = tl.load(q_at + cols1[None, :], mask=inside, other=0.0)
+        q2 = q1
+        if K2 > 0:
+            q2 = tl.load(q_at + cols2[None, :], mask=inside, other=0.0)
+        p, total = _scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R, K2, PRECISION)
+        factor = (g / total)[:, None]
+        p = p.to(v.dtype.element_ty)
+        o_at = out_rows + tl.cast(first - sample * T, tl.int64) * o_t + row[:, None] * o_t
+        o1 = _dot(p, v1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * factor
+        tl.store(o_at + cols1[None, :], o1.to(out.dtype.element_ty), mask=inside)
+        if K2 > 0:
+            o2 = _dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
+            tl.store(o_at + cols2[None, :], o2.to(out.dtype.element_ty), mask=inside)
+    _zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K1, K2)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def xattn_backward(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    spans: tl.tensor,
+    gate: tl.tensor,
+    do: tl.tensor,
+    dq: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    dgate: tl.tensor,
+    IMAGES: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    scale: tl.tensor,
+    q_b: tl.tensor,
+    q_t: tl.tensor,
+    q_h: tl.tensor,
+    k_i: tl.tensor,
+    k_r: tl.tensor,
+    k_h: tl.tensor,
+    v_i: tl.tensor,
+    v_r: tl.tensor,
+    v_h: tl.tensor,
+    do_b: tl.tensor,
+    do_t: tl.tensor,
+    do_h: tl.tensor,
+    dq_b: tl.tensor,
+    dq_t: tl.tensor,
+    dq_h: tl.tensor,
+    dk_c: tl.tensor,
+    dk_i: tl.tensor,
+    dk_r: tl.tensor,
+    dk_h: tl.tensor,
+    dv_c: tl.tensor,
+    dv_i: tl.tensor,
+    dv_r: tl.tensor,
+    dv_h: tl.tensor,
+    R: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """One image, one head, one chunk of its span: dq of its rows and, over them, dk, dv and the gate's gradient.
+
+    Pointers: q, do, dq [B, T, H, K]; k, v [I, R, H, K]; dk, dv [chunks, I, R, H, K] (in fp32 if there are several
+    chunks, to be summed); spans int [I, 2] contiguous; gate 0-dim or unused; dgate fp32 [chunks, I * H] or unused.
+    Strides are in elements, the last is 1 everywhere. Grid: (I * H, chunks).
+    """
+    image, head, chunk = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
+    lo, hi = _chunk(start, end, BLOCK_M)
+    sample = start // T
+
+    lat = tl.arange(0, BLOCK_R)
+    cols1, cols2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    seen = (lat < tl.where(lo < hi, R, 0))[:, None]  # nothing is read for an empty span
+    k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
+    v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
+    k1 = tl.load(k + lat[:, None] * k_r + cols1[None, :], mask=seen, other=0.0)
+    v1 = tl.load(v + lat[:, None] * v_r + cols1[None, :], mask=seen, other=0.0)
+    k2, v2 = k1, v1
+    if K2 > 0:
+        k2 = tl.load(k + lat[:, None] * k_r + cols2[None, :], mask=seen, other=0.0)
+        v2 = tl.load(v + lat[:, None] * v_r + cols2[None, :], mask=seen, other=0.0)
+    g_scale = scale
+    if HAS_GATE:
+        g_scale *= tl.load(gate).to(tl.float32)
+
+    row = tl.arange(0, BLOCK_M)
+    q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
+    do += tl.cast(head, tl.int64) * do_h + tl.cast(sample, tl.int64) * do_b
+    dq += tl.cast(head, tl.int64) * dq_h
+    dq_rows = dq + tl.cast(sample, tl.int64) * dq_b
+    dk1 = tl.zeros((BLOCK_R, K1), tl.float32)
+    dv1 = tl.zeros((BLOCK_R, K1), tl.float32)
+    dk2 = tl.zeros((BLOCK_R, K2 if K2 > 0 else 16), tl.float32)
+    dv2 = tl.zeros((BLOCK_R, K2 if K2 > 0 else 16), tl.float32)
+    g_rows = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(lo, hi, BLOCK_M):
+        inside = (row < hi - first)[:, None]
+        t = tl.cast(first - sample * T, tl.int64)
+        q_at = q + t * q_t + row[:, None] * q_t
+        do_at = do + t * do_t + row[:, None] * do_t
+        dq_at = dq_rows + t * dq_t + row[:, None] * dq_t
+        q1 = tl.load(q_at + cols1[None, :], mask=inside, other=0.0)
+        do1 = tl.load(do_at + cols1[None, :], mask=inside, other=0.0)
+        q2, do2 = q1, do1
+        if K2 > 0:
+            q2 = tl.load(q_at + cols2[None, :], mask=inside, other=0.0)
+            do2 = tl.load(do_at + cols2[None, :], mask=inside, other=0.0)
+        p, total = _scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
+        p = p / total[:, None]
+        dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        dp = _dot(do1, tl.trans(v1), dp, PRECISION)
+        if K2 > 0:
+            dp = _dot(do2, tl.trans(v2), dp, PRECISION)
+        # Rows outside of the span have q = do = 0, so they add nothing to any sum below.
+        delta = tl.sum(p * dp, 1)
+        g_rows += delta
+        ds = (p * (dp - delta[:, None])).to(k.dtype.element_ty)
+        p = tl.trans(p.to(k.dtype.element_ty))
+        dv1 = _dot(p, do1, dv1, PRECISION)
+        dk1 = _dot(tl.trans(ds), q1, dk1, PRECISION)
+        dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
+        tl.store(dq_at + cols1[None, :], dq1.to(dq.dtype.element_ty), mask=inside)
+        if K2 > 0:
+            dv2 = _dot(p, do2, dv2, PRECISION)
+            dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
+            tl.store(dq_at + cols2[None, :], dq2.to(dq.dtype.element_ty), mask=inside)
+            dk2 = _dot(tl.trans(ds), q2, dk2, PRECISION)
+
+    # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
+    # again rather than kept in a register all the while; so are the spans.
+    g = 1.0
+    if HAS_GATE:
+        g = tl.load(gate).to(tl.float32)
+    wide = tl.cast(chunk, tl.int64)
+    dk += wide * dk_c + tl.cast(image, tl.int64) * dk_i + tl.cast(head, tl.int64) * dk_h
+    dv += wide * dv_c + tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h
+    real = (lat < R)[:, None]
+    dk_at, dv_at = dk + lat[:, None] * dk_r, dv + lat[:, None] * dv_r
+    tl.store(dk_at + cols1[None, :], (dk1 * g_scale).to(dk.dtype.element_ty), mask=real)
+    tl.store(dv_at + cols1[None, :], (dv1 * g).to(dv.dtype.element_ty), mask=real)
+    if K2 > 0:
+        tl.store(dk_at + cols2[None, :], (dk2 * g_scale).to(dk.dtype.element_ty), mask=real)
+        tl.store(dv_at + cols2[None, :], (dv2 * g).to(dv.dtype.element_ty), mask=real)
+    if HAS_GATE:
+        tl.store(dgate + chunk * IMAGES * H + tl.program_id(0), tl.sum(g_rows))
+    _zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
+
+
+@triton.jit
+def sum_chunks(
+    parts: tl.tensor, out: tl.tensor, n: tl.tensor, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Sum the chunks' parts, always in the same order. parts: fp32 [CHUNKS, n]; out: [n]. Grid: (cdiv(n, BLOCK),)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(CHUNKS):
+        total += tl.load(parts + tl.cast(chunk, tl.int64) * n + at, mask=at < n, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def media_spans(
+    index: tl.tensor,
+    spans: tl.tensor,
+    T: tl.tensor,
+    M: tl.tensor,
+    index_b: tl.tensor,
+    index_t: tl.tensor,
+    BLOCK_T: tl.constexpr,
+) -> None:
+    """Turn one medium's media indices into its span. index: int [B, T]; spans: int32 [B * M, 2]. Grid: (B * M,).
+
+    A medium that no row sees gets an empty span where its rows would be, so that spans never run backwards.
+    """
+    sample, medium = tl.program_id(0) // M, tl.program_id(0) % M + 1
+    index += tl.cast(sample, tl.int64) * index_b
+    first, own_end, end = T, 0, 0
+    for begin in range(0, T, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        phi = tl.load(index + tl.cast(t, tl.int64) * index_t, mask=t < T, other=0)
+        first = tl.minimum(first, tl.min(tl.where(phi == medium, t, T)))
+        own_end = tl.maximum(own_end, tl.max(tl.where(phi == medium, t + 1, 0)))
+        end = tl.maximum(end, tl.max(tl.where((phi > 0) & (phi <= medium), t + 1, 0)))
+    start = tl.where(own_end > 0, first, end)
+    tl.store(spans + tl.program_id(0) * 2, sample * T + start)
+    tl.store(spans + tl.program_id(0) * 2 + 1, sample * T + tl.where(own_end > 0, own_end, end))

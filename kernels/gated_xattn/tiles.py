@@ -1,0 +1,67 @@
+"""Tiles of the gated cross-attention kernels, by head width, latents, dtype and architecture.
+
+Chosen by compiled figures (`kernels.testing.dry`), not by a timing. The kernels wait for memory and a program handles
+a tile or two, so what counts is how many programs share a processor: their loads overlap with the others' arithmetic.
+bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 128 registers, four programs; backward 32 x 8 warps capped at
+128 registers, two programs (uncapped, or with 64 rows, it takes 190 to 255 registers, and one program fits).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.config import INTERPRETER_ARCH
+
+MAX_LATENTS = 128
+
+_PARTS = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
+
+WIDTHS = tuple(_PARTS)
+"""Head widths that the kernels take."""
+
+SMALL_SHARED_MEMORY = (86, 89, 120)
+"""Architectures with 99 KiB of shared memory for a program."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is compiled."""
+
+    rows: int
+    """Text rows of a tile."""
+    warps: int
+    """Warps of a program."""
+    parts: tuple[int, int]
+    """The head width as two powers of two, the second 0 or at least 16."""
+    registers: int | None = None
+    """Most registers a thread may take, None for as many as the compiler likes."""
+    stages: int = 1
+    """Tiles of rows in flight; the pipeline's buffers cost a program of the processor, so 1."""
+
+
+def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile, Tile]:
+    """Return the tiles of the forward and of the backward kernel.
+
+    Args:
+        width: K, width of a head, one of `WIDTHS`.
+        latents: BLOCK_R, the power of two that holds the latents.
+        dtype: of queries, keys and values.
+        arch: as `kernels.config.architecture` tells it.
+    """
+    parts = _PARTS[width]
+    if arch == INTERPRETER_ARCH:
+        return Tile(16, 4, parts), Tile(16, 4, parts)
+    if dtype == torch.float32:  # full fp32 has no tensor cores: small tiles, or it spills
+        return Tile(16, 8, parts), Tile(16, 8, parts)
+    # Two halves of 64 keep one half of the output in registers at a time.
+    forward = Tile(64, 4, (64, 64) if width == 128 else parts)
+    backward = Tile(16 if parts[1] and latents > 64 else 32, 8, parts)
+    if latents <= 64:
+        family = 80 if arch in SMALL_SHARED_MEMORY else arch
+        capped = {
+            (90, 128): Tile(32, 8, parts, registers=128),
+            (90, 96): Tile(16, 8, parts, registers=128),
+            (80, 128): Tile(16, 8, parts, registers=128),
+        }
+        backward = capped.get((family, width), backward)
+    return forward, backward

@@ -1,0 +1,82 @@
+"""Tile sizes of `perceiver_attn`: chosen by shape and dtype alone, checked on the dry device."""
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_HEAD = 128
+"""Widest head that the kernels take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """What one program works on."""
+
+    rows: int
+    """Queries of a tile; the last tile may be partly empty."""
+    keys: int
+    """Keys of a block."""
+    parts: tuple[int, int]
+    """Widths (K0, K1) of the two parts of a head; K1 = 0 for one part."""
+    warps: int
+    """Warps of a program."""
+    stages: int
+    """Key blocks that are on their way at once."""
+
+
+def forward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tiles:
+    """Return the forward's tiles.
+
+    Args:
+        latents: R.
+        head_dim: K.
+        dtype: of queries, keys and values.
+        arch: compute capability, 10 * major + minor; 0 under the interpreter.
+    """
+    rows, parts = min(64, _power_of_two(latents)), head_parts(head_dim, dtype)
+    if dtype != torch.float32:
+        return Tiles(rows=rows, keys=64, parts=parts, warps=4, stages=2)
+    if 80 <= arch < 90:  # without wgmma both operands of a product are in registers, three times over in fp32
+        return Tiles(rows=16, keys=32, parts=parts, warps=4, stages=2)
+    return Tiles(rows=rows, keys=32, parts=parts, warps=8, stages=2)
+
+
+def backward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -> Tiles:
+    """Return the backward's tiles: all queries in one tile where registers allow it, so that dK, dV are final.
+
+    Args:
+        latents: R.
+        head_dim: K.
+        dtype: of queries, keys and values.
+        arch: compute capability, 10 * major + minor; 0 under the interpreter.
+    """
+    rows, parts = _power_of_two(latents), head_parts(head_dim, dtype)
+    if dtype == torch.float32:
+        return Tiles(rows=16, keys=32, parts=parts, warps=8, stages=1)
+    if 80 <= arch < 90:
+        # Two parts spill here; one part of padded width does not.
+        parts = (_power_of_two(head_dim), 0)
+        return Tiles(rows=min(rows, 64), keys=64 if rows <= 64 else 32, parts=parts, warps=8, stages=2)
+    if rows <= 64:
+        return Tiles(rows=rows, keys=64, parts=parts, warps=8, stages=2)
+    return Tiles(rows=128, keys=32, parts=parts, warps=8, stages=2)
+
+
+def head_parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the widths (K0, K1) of the two parts of a head, powers of two of at least 16; K1 = 0 for one part.
+
+    96 = 64 + 32 and 80 = 64 + 16 are exact. A width that is not the sum of two such powers is padded to one.
+    In fp32, 128 goes as 64 + 64: the operands of one product have to fit the registers three times over.
+    """
+    if dtype == torch.float32 and 96 < head_dim <= 128:
+        return 64, 64
+    high = 1 << (head_dim.bit_length() - 1)
+    low = head_dim - high
+    if high >= 16 and (low == 0 or (low >= 16 and low & (low - 1) == 0)):
+        return high, low
+    return _power_of_two(head_dim), 0
+
+
+def _power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value` and 16."""
+    return max(16, 1 << (value - 1).bit_length())

@@ -1,0 +1,1 @@
+"""Aids for testing kernels on machines without a GPU."""

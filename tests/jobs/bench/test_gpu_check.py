@@ -1,0 +1,73 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "tools" / "gpu_check.py"
+spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+gpu_check = importlib.util.module_from_spec(spec)
+sys.modules["gpu_check"] = gpu_check
+spec.loader.exec_module(gpu_check)
+
+
+@pytest.mark.distributed
+def test_dry_run_goes_through_all_stages(tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (it exists for Linux alone)")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, "--dry"], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["tests", "losses", "step", "kernels"]
+    assert summary["ok"]
+    assert len(list(tmp_path.iterdir())) <= gpu_check.MOST_FILES
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses["agree"]
+    assert 0 < losses["worst_loss_difference"] < 1e-5, "0 would mean that nothing was compared"
+    ours = [r for r in json.loads((tmp_path / "kernels.json").read_text())["rows"] if r["ours"]]
+    assert {r["op"] for r in ours if r["status"] == "timed"} == {
+        "gated_xattn", "perceiver_attn", "add_layernorm", "gated_relu2"
+    }  # fmt: skip
+    step = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [(r["contender"], r["status"]) for r in step] == [("reference", "timed"), ("triton", "timed")]
+
+
+def stage(code: str) -> "gpu_check.Stage":
+    return gpu_check.Stage(name="s", command=[sys.executable, "-c", code], share=1.0)
+
+
+def test_a_stage_that_hangs_is_interrupted_and_may_still_write(tmp_path):
+    code = (
+        "import pathlib, time\n"
+        "print('begun', flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    pathlib.Path({str(tmp_path / 'left')!r}).write_text('x')"
+    )
+    outcome = gpu_check.run_stage(stage(code), 1.5)
+    assert outcome.timed_out
+    assert not outcome.ok
+    assert outcome.seconds < 10
+    assert (tmp_path / "left").exists()
+
+
+def test_a_stage_that_fails_is_told_with_its_last_lines():
+    outcome = gpu_check.run_stage(stage("print('why'); raise SystemExit(3)"), 20)
+    assert (outcome.exit_code, outcome.tail, outcome.ok) == (3, ["why"], False)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "_has_gpu", lambda: False)
+    assert gpu_check.main([str(tmp_path)]) == 2
+    assert "--dry" in capsys.readouterr().out
+
+
+def test_the_shares_leave_the_benchmark_most_of_the_time(tmp_path):
+    planned = {stage.name: stage for stage in gpu_check.stages(tmp_path, dry=False, limit=520)}
+    before = sum(planned[name].share for name in ("tests", "losses", "step"))
+    assert 520 - before - 75 > 150
+    assert "--tests" in planned["kernels"].command

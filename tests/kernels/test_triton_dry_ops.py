@@ -1,0 +1,177 @@
+"""What the wrappers launch on a GPU: resources of the compiled kernels at the recipes' shapes.
+
+Outputs are never looked at: nothing runs.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from kernels.add_layernorm import op as add_layernorm
+from kernels.gated_relu2 import op as gated_relu2
+from kernels.perceiver_attn import op as perceiver_attn
+from kernels.testing.dry import ARCHITECTURES, SHARED_MEMORY, Launch, Record, dry
+from tests.kernels.golden import check_registers
+
+pytestmark = pytest.mark.modes("dry")
+
+F32, BF16 = torch.float32, torch.bfloat16
+SHORT = {F32: "fp32", BF16: "bf16"}
+GRID_LIMIT = 65535
+"""Most programs along the second and third axis of a grid."""
+
+
+def check_record(record: Record, key: str) -> None:
+    """Hold a kernel to what every kernel has to keep."""
+    assert record.smem <= SHARED_MEMORY[record.arch]
+    assert not record.spills, (
+        f"{record.name}: {record.stack} bytes of stack, {record.local_ops} local accesses"
+    )
+    assert record.atomics == 0, "an atomic addition makes sums depend on the order of programs"
+    check_registers(
+        key.split("-")[0], f"{key}-{record.name.removesuffix('_kernel')}-sm{record.arch}", record.regs
+    )
+
+
+def check_grids(launches: Sequence[Launch]) -> None:
+    assert launches
+    assert all(launch.grid[1] <= GRID_LIMIT and launch.grid[2] <= GRID_LIMIT for launch in launches)
+
+
+def launch_perceiver(
+    n: int, r: int, j: int, h: int, k: int, dtype: torch.dtype, *, layers: int = 1, masked: bool = False
+) -> None:
+    """Forward and backward on keys and values as the network has them: views of one projection's output."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, latents, features = empty(n, r, h, k), empty(n, r, 2, h, k), empty(n, j, 2 * layers, h, k)
+    mask = torch.empty(n, j, dtype=torch.bool, device="meta") if masked else None
+    inputs = (q, features[:, :, 0], features[:, :, 1], latents[:, :, 0], latents[:, :, 1], mask)
+    out, lse = perceiver_attn.launch_forward(*inputs, 0)
+    perceiver_attn.launch_backward(out, *inputs, out, lse, 0)
+
+
+# Media, latents, features, heads, head width. The resampler is the same in the 3B, 9B and 80B recipes.
+PERCEIVER = {
+    "smoke": (8, 8, 64, 4, 16),
+    "paper": (320, 64, 100, 16, 96),
+}
+PERCEIVER_WIDE = {
+    "latents128": (64, 128, 800, 16, 96),
+    "head64": (64, 64, 800, 8, 64),
+    "head80": (64, 64, 800, 16, 80),
+    "head128": (64, 64, 800, 16, 128),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@pytest.mark.parametrize("shape", PERCEIVER)
+def test_perceiver_attn_at_the_recipes_shapes(shape, dtype, arch):
+    with dry(arch) as device:
+        launch_perceiver(*PERCEIVER[shape], dtype)
+    check_grids(device.launches)
+    forward, backward = device.records
+    for record in (forward, backward):
+        check_record(record, f"perceiver_attn-{shape}-{SHORT[dtype]}")
+        assert record.tensor_core_ops > 0
+        if shape == "paper":
+            assert record.wide_loads > 0
+            assert record.wide_stores > 0
+    if shape == "paper" and arch == 90 and dtype == BF16:
+        assert forward.hgmma > 0
+        assert forward.hmma == 0
+        assert backward.hgmma > 0
+        assert backward.hmma == 0
+
+
+@pytest.mark.parametrize("shape", PERCEIVER_WIDE)
+def test_perceiver_attn_at_other_widths(shape):
+    with dry(90) as device:
+        launch_perceiver(*PERCEIVER_WIDE[shape], BF16)
+    for record in device.records:
+        check_record(record, f"perceiver_attn-{shape}-bf16")
+        assert record.hgmma > 0
+        assert record.wide_loads > 0
+
+
+def test_perceiver_attn_of_one_long_video_fills_the_machine():
+    with dry(90) as device:
+        launch_perceiver(1, 64, 30 * 225, 16, 96, BF16, masked=True)
+    forward, combine, backward = device.launches
+    assert forward.grid == backward.grid == (16, 1, 13)
+    assert combine.grid == (64, 1, 1)
+    for launch in device.launches:
+        check_record(launch.record, "perceiver_attn-video-bf16")
+
+
+def test_perceiver_attn_on_keys_shared_by_layers_keeps_wide_loads():
+    with dry(90) as device:
+        launch_perceiver(320, 64, 100, 16, 96, BF16, layers=6)
+    assert all(record.wide_loads > 10 for record in device.records)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+def test_gated_relu2(gated, dtype, arch):
+    """One specialisation serves every size; the largest hidden layer has more than 2^31 bytes."""
+    gate = torch.empty((), dtype=dtype, device="meta") if gated else None
+    with dry(arch) as device:
+        for rows, width in (
+            (64 * 256, 4 * 8192),
+            (64 * 256, 4 * 4096),
+            (8 * 2048, 4 * 2048),
+            (320 * 64, 4 * 1536),
+        ):
+            u = torch.empty(rows, width, dtype=dtype, device="meta")
+            gated_relu2.launch_forward(u, gate)
+            gated_relu2.launch_backward(u, u, gate)
+    check_grids(device.launches)
+    assert device.launches[0].grid == (64 * 256 * 4 * 8192 // gated_relu2.BLOCK, 1, 1)
+    assert len(device.records) == 2
+    for record in device.records:
+        check_record(record, f"gated_relu2-{'gate' if gated else 'plain'}-{SHORT[dtype]}")
+        assert record.wide_loads > 0
+        assert record.wide_stores > 0
+        assert record.regs <= 64, "more would leave room for too few programs to hide the memory's latency"
+
+
+NORM_DTYPES = {"bf16": (BF16, BF16), "fp32": (F32, F32), "stream32": (F32, BF16)}
+# 1536: the resampler; 2048, 4096, 8192: the 3B, 9B and 80B language models; 64: smoke.
+NORM_CASES = [
+    *((width, name, arch) for width in (1536, 8192) for name in ("bf16", "fp32") for arch in ARCHITECTURES),
+    *((width, "bf16", 90) for width in (2048, 4096)),
+    *((width, "stream32", 90) for width in (1536, 8192)),
+    (64, "fp32", 90),
+]
+
+
+@pytest.mark.parametrize(("width", "name", "arch"), NORM_CASES, ids=str)
+def test_add_layernorm(width, name, arch):
+    launch_norm(width, name, arch, gated=False)
+
+
+def test_add_layernorm_with_a_gate():
+    launch_norm(8192, "bf16", 90, gated=True)
+
+
+def launch_norm(width: int, name: str, arch: int, *, gated: bool) -> None:
+    stream, branch = NORM_DTYPES[name]
+    rows = 64 * 256
+    x, a = (torch.empty(rows, width, dtype=dtype, device="meta") for dtype in (stream, branch))
+    vector = torch.empty(width, dtype=branch, device="meta")
+    gate = vector if gated else None
+    with dry(arch) as device:
+        y, z, mean, rstd = add_layernorm.launch_forward(x, a, vector, vector, gate, 1e-5)
+        add_layernorm.launch_backward(y, z, y, a, vector, gate, mean, rstd)
+    check_grids(device.launches)
+    for record in device.records:
+        check_record(record, f"add_layernorm-{width}{'-gate' * gated}-{name}")
+        assert record.regs * 32 * record.config["num_warps"] <= 65536
+        if width >= 1536:
+            assert record.wide_loads > 0
+            assert record.wide_stores > 0
