@@ -7,10 +7,26 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from data_pipeline.cache import LocalCache
 from data_pipeline.media import MediaConfig
+from data_pipeline.storage import Storage, parse_options
 
 _FREE_FIELDS = frozenset(
-    {"urls", "weight", "bad_sample_budget", "bad_sample_floor", "threads", "cache_shards"}
+    {
+        "urls",
+        "weight",
+        "weight_schedule",
+        "bad_sample_budget",
+        "bad_sample_floor",
+        "threads",
+        "cache_shards",
+        "storage_options",
+        "read_attempts",
+        "cache_folder",
+        "cache_bytes",
+        "cache_chunk_bytes",
+        "max_seconds",
+    }
 )
 
 
@@ -65,6 +81,16 @@ class DatasetConfig(MediaConfig):
     """Threads that fetch and decode the samples of a batch; more help on remote storage."""
     cache_shards: int = 32
     """Shards whose offsets a reader keeps in memory."""
+    storage_options: str = ""
+    """Arguments of the fsspec file system as JSON, as '{"endpoint_url": "http://..."}' for S3; no credentials."""
+    read_attempts: int = 8
+    """Times that a read of the storage is tried, with growing pauses, before the run stops."""
+    cache_folder: str = ""
+    """Folder of a node's disk that keeps what was read, for all readers of the node; "" keeps nothing."""
+    cache_bytes: int = 32 << 30
+    """Bound of that folder in bytes; what was not used longest goes first."""
+    cache_chunk_bytes: int = 4 << 20
+    """Bytes that are read at once where there is a cache: the read-ahead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +115,7 @@ class DatasetConfig(MediaConfig):
                 "use 1, or kind 'video'"
             )
         self._check_features()
+        parse_options(self.storage_options)
 
     def _check_counts(self) -> None:
         """Check the fields that count something."""
@@ -102,7 +129,7 @@ class DatasetConfig(MediaConfig):
             "shuffle_shards": 1,
             "threads": 1,
         }
-        for field, smallest in {**least, "bad_sample_floor": 0, "cache_shards": 1}.items():
+        for field, smallest in {**least, "bad_sample_floor": 0, "cache_shards": 1, "read_attempts": 1}.items():
             if getattr(self, field) < smallest:
                 raise ValueError(
                     f"{field} {getattr(self, field)} of data set {self.name!r}: must be at least {smallest}"
@@ -132,6 +159,15 @@ class DatasetConfig(MediaConfig):
         assert self.num_features is not None, "checked in __post_init__"
         assert self.width is not None, "checked in __post_init__"
         return (self.max_media, self.frames, self.num_features, self.width)
+
+    def storage(self) -> Storage:
+        """Return how the files of this data set are read."""
+        cache = None
+        if self.cache_folder:
+            cache = LocalCache(
+                folder=self.cache_folder, max_bytes=self.cache_bytes, chunk_bytes=self.cache_chunk_bytes
+            )
+        return Storage(self.storage_options, attempts=self.read_attempts, cache=cache)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that decide what a position holds, as plain JSON values.

@@ -13,8 +13,8 @@ from data_pipeline.batch import Batch, Skip
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import BadSampleError
 from data_pipeline.index import ShardIndex, open_index
-from data_pipeline.order import SampleOrder, make_rng
-from data_pipeline.reading import SampleReader, with_retries
+from data_pipeline.order import ORDER_VERSION, SampleOrder, make_rng
+from data_pipeline.reading import SampleReader
 from data_pipeline.samples import LoadedSample, SampleLoader
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
@@ -47,7 +47,9 @@ class DatasetStream:
         if seed < 0:
             raise ValueError(f"seed {seed}: must be at least 0")
         self.config, self.seed = config, seed
-        self.index = index or open_index(config.urls, cache_shards=config.cache_shards)
+        self.index = index or open_index(
+            config.urls, cache_shards=config.cache_shards, storage=config.storage()
+        )
         self.tokenizer = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
         self.order = SampleOrder(
             self.index.counts,
@@ -103,6 +105,7 @@ class DatasetStream:
             "samples": self.num_samples,
             "shards": self.index.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "order": ORDER_VERSION,
             "random_numbers": _rng_fingerprint(),
             "settings": self.config.settings(),
         }
@@ -110,16 +113,26 @@ class DatasetStream:
     def _job(self, position: int) -> Callable[[], LoadedSample | Skip]:
         """Prepare the loading of one sample."""
         place = self.order.locate(position)
-        url = self.index.entries[place.shard].url
+        entry = self.index.entries[place.shard]
+        url = entry.url
         try:
-            record = with_retries(lambda: self.index.records(place.shard), f"offsets of {url}")[place.sample]
-        except BadSampleError as error:
-            skip = self._skip(error, "", url, position)
+            record = self.index.records(place.shard)[place.sample]
+        except (OSError, ValueError, IndexError) as error:
+            vanished = isinstance(error, FileNotFoundError)
+            cause = "missing shard" if vanished else "unreadable shard"
+            detail = f"offsets of {url}{' vanished' * vanished}: {type(error).__name__}: {error}"[:300]
+            skip = self._skip(BadSampleError(cause, detail, fatal=True), "", url, position)
             return lambda: skip
 
         def load() -> LoadedSample | Skip:
             try:
-                reader = SampleReader(url, record, max_bytes=self.config.max_bytes)
+                reader = SampleReader(
+                    url,
+                    record,
+                    max_bytes=self.config.max_bytes,
+                    storage=self.index.storage,
+                    shard_bytes=entry.size,
+                )
                 return self._loader.load(reader, position)
             except BadSampleError as error:
                 return self._skip(error, record.key, url, position)
