@@ -11,7 +11,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +56,12 @@ class LocalCache:
         if size > self.max_bytes:
             return
         path = self._path(key)
-        try:
-            with self._lock():
-                self._make_room(size)
-                partial = path.with_name(f".partial-{os.getpid()}")
-                partial.write_bytes(body + zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little"))
-                partial.rename(path)
-        except OSError:
-            # A full or read-only disk makes the cache useless, not the run.
-            path.unlink(missing_ok=True)
+        # A full or read-only disk makes the cache useless, not the run.
+        with suppress(OSError), self._lock():
+            self._make_room(size)
+            partial = path.with_name(f".partial-{os.getpid()}")
+            partial.write_bytes(body + zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little"))
+            partial.rename(path)
 
     def _make_room(self, wanted: int) -> None:
         """Remove the entries used longest ago until `wanted` bytes fit; the lock is held."""

@@ -21,7 +21,7 @@ from data_pipeline.cache import LocalCache
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _SCAN_BUFFER = 256 << 10
-_FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # Network libraries whose errors are not all OSErrors; told by name, so that none has to be installed.
 _NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "gcsfs", "s3fs", "requests", "urllib3"})
 _WORTH_TRYING_AGAIN = frozenset({408, 425, 429})
@@ -85,8 +85,6 @@ class Storage:
         for attempt in range(1, self._attempts + 1):
             try:
                 return call()
-            except _FINAL_ERRORS:
-                raise
             except Exception as error:
                 if not _is_passing(error):
                     raise
@@ -223,8 +221,15 @@ class _RangeFile(io.RawIOBase):
         return len(blob)
 
 
-def _is_passing(error: Exception) -> bool:
-    """Whether an error is the storage's and not a fault of ours."""
+def _is_passing(error: BaseException) -> bool:
+    """Whether an error is the storage's, and neither a plain absence nor a fault of ours."""
+    if isinstance(error, FileNotFoundError):
+        # fsspec's web file system calls whatever went wrong with a size "not found"; the cause says what it was.
+        cause = error.__cause__
+        web = type(cause).__module__.split(".")[0] == "aiohttp" or isinstance(cause, OSError)
+        return web and cause is not None and getattr(cause, "status", None) not in (404, 410) and _is_passing(cause)
+    if isinstance(error, _FINAL_ERRORS):
+        return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_PACKAGES
 
 
