@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from data_pipeline.cache import LocalCache
 from data_pipeline.media import MediaConfig
+from data_pipeline.schedule import WeightSchedule
 from data_pipeline.storage import Storage, parse_options
 
 _FREE_FIELDS = frozenset(
@@ -47,10 +48,17 @@ class DatasetConfig(MediaConfig):
     """Samples a step over all data-parallel ranks (G)."""
     weight: float = 1.0
     """Lambda, the weight of the data set's loss (paper: M3W 1.0, ALIGN 0.2, LTIP 0.2, VTP 0.03)."""
+    weight_schedule: WeightSchedule | None = None
+    """Lambda by step, in place of `weight`; None keeps `weight`."""
     mode: Literal["train", "eval"] = "train"
     """"eval": fixed order, no augmentation, phi to the previous image, first caption, window at the start."""
     seq_len: int = 64
     """T, tokens a sample (paper: 256 for documents, 32 or 64 for pairs, 32 for video)."""
+    pack: int = 1
+    """Pairs or videos that share a row; text, images and positions of each stay its own."""
+    row_len: int = 0
+    """Tokens of a row of `pack` samples; 0 is pack * seq_len. Below it, the longest captions of a row are cut
+    until they fit."""
     max_media: int = 1
     """M, media a sample (paper: 5 for documents, 1 else)."""
     frames: int = 1
@@ -115,6 +123,7 @@ class DatasetConfig(MediaConfig):
                 "use 1, or kind 'video'"
             )
         self._check_features()
+        self._check_packing()
         parse_options(self.storage_options)
 
     def _check_counts(self) -> None:
@@ -126,6 +135,8 @@ class DatasetConfig(MediaConfig):
             "seq_len": 8,
             "max_media": 1,
             "frames": 1,
+            "pack": 1,
+            "row_len": 0,
             "shuffle_shards": 1,
             "threads": 1,
         }
@@ -134,6 +145,23 @@ class DatasetConfig(MediaConfig):
                 raise ValueError(
                     f"{field} {getattr(self, field)} of data set {self.name!r}: must be at least {smallest}"
                 )
+
+    def _check_packing(self) -> None:
+        """Check that rows hold what is packed into them."""
+        if self.pack == 1 and self.row_len:
+            raise ValueError(f"row_len {self.row_len} of data set {self.name!r}: only rows of pack > 1 have one")
+        if self.pack == 1:
+            return
+        if self.kind == "interleaved" or self.mode == "eval":
+            raise ValueError(
+                f"pack {self.pack} of data set {self.name!r}: only pairs and videos in mode 'train' are packed, "
+                f"this is {self.kind!r} in mode {self.mode!r}; use 1"
+            )
+        if self.batch_size % self.pack or (self.row_len and self.row_len < 8 * self.pack):
+            raise ValueError(
+                f"pack {self.pack} of data set {self.name!r}: batch_size {self.batch_size} must be a multiple of "
+                f"it, and row_len {self.row_len} 0 or at least {8 * self.pack}"
+            )
 
     def _check_features(self) -> None:
         """Check that features have a shape, and pixels none."""
@@ -152,13 +180,23 @@ class DatasetConfig(MediaConfig):
             warnings.warn(f"colour_jitter of data set {self.name!r} has no effect on features", stacklevel=4)
 
     @property
+    def tokens_per_row(self) -> int:
+        """T of a batch: tokens of a row, which holds `pack` samples."""
+        return (self.row_len or self.pack * self.seq_len) if self.pack > 1 else self.seq_len
+
+    def weight_at(self, step: int) -> float:
+        """Return lambda at a step."""
+        return self.weight if self.weight_schedule is None else self.weight_schedule.at(step)
+
+    @property
     def media_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's media: (M, F, 3, H, W) for pixels, (M, F, S, C) for features."""
+        """Shape of a row's media: (M, F, 3, H, W) for pixels, (M, F, S, C) for features."""
+        slots = self.max_media * self.pack
         if self.media == "pixels":
-            return (self.max_media, self.frames, 3, self.image_size, self.image_size)
+            return (slots, self.frames, 3, self.image_size, self.image_size)
         assert self.num_features is not None, "checked in __post_init__"
         assert self.width is not None, "checked in __post_init__"
-        return (self.max_media, self.frames, self.num_features, self.width)
+        return (slots, self.frames, self.num_features, self.width)
 
     def storage(self) -> Storage:
         """Return how the files of this data set are read."""
@@ -186,11 +224,13 @@ class DatasetConfig(MediaConfig):
         Raises:
             ValueError: when the global batch does not divide.
         """
-        if self.batch_size % dp_size:
-            below = self.batch_size - self.batch_size % dp_size
-            choices = [str(n) for n in (below, below + dp_size) if n]
+        unit = dp_size * self.pack
+        if self.batch_size % unit:
+            below = self.batch_size - self.batch_size % unit
+            choices = [str(n) for n in (below, below + unit) if n]
+            rows = f" in rows of {self.pack}" if self.pack > 1 else ""
             raise ValueError(
                 f"batch_size {self.batch_size} of data set {self.name!r} does not divide among {dp_size} "
-                f"data-parallel ranks; use {' or '.join(choices)}, or another number of ranks"
+                f"data-parallel ranks{rows}; use {' or '.join(choices)}, or another number of ranks"
             )
         return self.batch_size // dp_size

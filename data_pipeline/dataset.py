@@ -14,6 +14,7 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import BadSampleError
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.order import ORDER_VERSION, SampleOrder, make_rng
+from data_pipeline.packing import pack_row
 from data_pipeline.reading import SampleReader
 from data_pipeline.samples import LoadedSample, SampleLoader
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
@@ -152,24 +153,29 @@ class DatasetStream:
         )
 
     def _assemble(self, samples: list[LoadedSample | Skip]) -> Batch:
-        """Put samples into the slots of a batch."""
-        config, B = self.config, len(samples)
+        """Put samples into the rows of a batch, `pack` of them into each."""
+        config, pack = self.config, self.config.pack
+        B, T = len(samples) // pack, config.tokens_per_row
         pixels = config.media == "pixels"
-        tokens_BT = np.full((B, config.seq_len), self.tokenizer.pad_id, np.int64)
-        loss_mask_BT = np.zeros((B, config.seq_len), np.bool_)
-        media_index_BT = np.zeros((B, config.seq_len), np.int32)
+        tokens_BT = np.full((B, T), self.tokenizer.pad_id, np.int64)
+        loss_mask_BT = np.zeros((B, T), np.bool_)
+        media_index_BT = np.zeros((B, T), np.int32)
+        segments_BT = np.zeros((B, T), np.int32)
         media = np.zeros((B, *config.media_shape), np.uint8 if pixels else np.float16)
-        media_mask_BM = np.zeros((B, config.max_media), np.bool_)
-        for b, sample in enumerate(samples):
-            if isinstance(sample, Skip):
-                continue
-            length = len(sample.text.tokens_T)
-            tokens_BT[b, :length] = sample.text.tokens_T
-            loss_mask_BT[b, :length] = sample.text.loss_mask_T
-            media_index_BT[b, :length] = sample.text.media_index_T
-            for m, medium in enumerate(sample.media):
-                media[b, m] = medium
-                media_mask_BM[b, m] = True
+        media_mask_BM = np.zeros(media.shape[:2], np.bool_)
+        for b in range(B):
+            row = [None if isinstance(s, Skip) else s for s in samples[b * pack : (b + 1) * pack]]
+            if pack == 1 and row[0] is not None:
+                text = row[0].text
+                parts = (text.tokens_T, text.loss_mask_T, text.media_index_T, np.ones_like(text.media_index_T))
+            else:
+                parts = pack_row([None if s is None else s.text for s in row], T)
+            for array, part in zip((tokens_BT, loss_mask_BT, media_index_BT, segments_BT), parts, strict=True):
+                array[b, : len(part)] = part
+            for number, sample in enumerate(row):
+                for m, medium in enumerate(sample.media if sample is not None else ()):
+                    media[b, number + m] = medium
+                    media_mask_BM[b, number + m] = True
         return Batch(
             tokens_BT=tokens_BT,
             loss_mask_BT=loss_mask_BT,
@@ -178,6 +184,7 @@ class DatasetStream:
             media_mask_BM=media_mask_BM,
             keys=tuple("" if isinstance(s, Skip) else s.key for s in samples),
             skips=tuple(s for s in samples if isinstance(s, Skip)),
+            segments_BT=segments_BT if pack > 1 else None,
         )
 
 

@@ -161,7 +161,11 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
-        weights = {name: dataset.weight for name, dataset in self.data.train.items()}
+        weights = {
+            name: [[0, dataset.weight]] if schedule is None else [list(point) for point in schedule.points]
+            for name, dataset in self.data.train.items()
+            for schedule in (dataset.weight_schedule,)
+        }
         return {"model": whole["model"], "train": train, "weights": weights, "parallel": whole["parallel"]}
 
     def fingerprint(self) -> str:
