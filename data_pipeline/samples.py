@@ -24,6 +24,9 @@ from data_pipeline.order import make_rng
 from data_pipeline.reading import SampleReader
 from data_pipeline.tokenizer import Tokenizer
 
+_MAX_TEXT_BYTES = 8 << 20
+"""Bytes of a sample's text or document: far more than any window, less than what tokenizing would hang on."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedSample:
@@ -57,7 +60,7 @@ class SampleLoader:
         rng = make_rng(self._seed, config.name, "text", position)
         if config.kind == "interleaved":
             text = format_document(
-                parse_document(reader.get("json")),
+                parse_document(reader.get("json", max_bytes=_MAX_TEXT_BYTES)),
                 self._tokenizer,
                 seq_len=config.seq_len,
                 max_media=config.max_media,
@@ -119,12 +122,12 @@ def _captions(reader: SampleReader) -> list[str]:
     captions: list[str] = []
     if reader.has("txt"):
         try:
-            captions.append(reader.get("txt").decode("utf-8"))
+            captions.append(reader.get("txt", max_bytes=_MAX_TEXT_BYTES).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadSampleError("bad text", f"not UTF-8: {error}") from error
     if reader.has("json"):
         try:
-            document = json.loads(reader.get("json"))
+            document = json.loads(reader.get("json", max_bytes=_MAX_TEXT_BYTES))
         except (ValueError, RecursionError) as error:
             raise BadSampleError("bad document", f"{type(error).__name__}: {error}"[:300]) from error
         # Other writers keep metadata in .json; only a list named captions concerns us.
@@ -134,7 +137,8 @@ def _captions(reader: SampleReader) -> list[str]:
         raise BadSampleError(
             "missing member", f"neither .txt nor .json among {sorted(reader.record.members)}"
         )
-    kept = [caption for caption in captions if caption.strip()]
+    # NUL bytes are no text; tokenizers treat what follows them in ways of their own.
+    kept = [caption for caption in (c.replace("\0", "") for c in captions) if caption.strip()]
     if not kept:
         raise BadSampleError("empty caption", f"{len(captions)} captions, none with text")
     return kept
