@@ -140,7 +140,12 @@ class DatasetConfig(MediaConfig):
             "shuffle_shards": 1,
             "threads": 1,
         }
-        for field, smallest in {**least, "bad_sample_floor": 0, "cache_shards": 1, "read_attempts": 1}.items():
+        for field, smallest in {
+            **least,
+            "bad_sample_floor": 0,
+            "cache_shards": 1,
+            "read_attempts": 1,
+        }.items():
             if getattr(self, field) < smallest:
                 raise ValueError(
                     f"{field} {getattr(self, field)} of data set {self.name!r}: must be at least {smallest}"
@@ -149,7 +154,9 @@ class DatasetConfig(MediaConfig):
     def _check_packing(self) -> None:
         """Check that rows hold what is packed into them."""
         if self.pack == 1 and self.row_len:
-            raise ValueError(f"row_len {self.row_len} of data set {self.name!r}: only rows of pack > 1 have one")
+            raise ValueError(
+                f"row_len {self.row_len} of data set {self.name!r}: only rows of pack > 1 have one"
+            )
         if self.pack == 1:
             return
         if self.kind == "interleaved" or self.mode == "eval":

@@ -167,10 +167,17 @@ class DatasetStream:
             row = [None if isinstance(s, Skip) else s for s in samples[b * pack : (b + 1) * pack]]
             if pack == 1 and row[0] is not None:
                 text = row[0].text
-                parts = (text.tokens_T, text.loss_mask_T, text.media_index_T, np.ones_like(text.media_index_T))
+                parts = (
+                    text.tokens_T,
+                    text.loss_mask_T,
+                    text.media_index_T,
+                    np.ones_like(text.media_index_T),
+                )
             else:
                 parts = pack_row([None if s is None else s.text for s in row], T)
-            for array, part in zip((tokens_BT, loss_mask_BT, media_index_BT, segments_BT), parts, strict=True):
+            for array, part in zip(
+                (tokens_BT, loss_mask_BT, media_index_BT, segments_BT), parts, strict=True
+            ):
                 array[b, : len(part)] = part
             for number, sample in enumerate(row):
                 for m, medium in enumerate(sample.media if sample is not None else ()):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
@@ -159,9 +159,7 @@ class ShardIndex:
         return self._cache[shard]
 
 
-def open_index(
-    urls: Sequence[str], *, cache_shards: int = 32, storage: Storage | None = None
-) -> ShardIndex:
+def open_index(urls: Sequence[str], *, cache_shards: int = 32, storage: Storage | None = None) -> ShardIndex:
     """Make the index of a data set.
 
     Args:

@@ -340,7 +340,9 @@ def _av_frames(
     wanted = [int(stamps[n]) for n in numbers]
     found = _decode_stamps(blob, set(wanted), config, deadline, seek=True)
     if len(found) < len(set(wanted)):
-        found = _decode_stamps(blob, set(wanted), config, deadline, seek=False)  # some containers seek past the mark
+        found = _decode_stamps(
+            blob, set(wanted), config, deadline, seek=False
+        )  # some containers seek past the mark
     if not found:
         raise BadSampleError("corrupt video", "no frame could be decoded")
     known = np.array(sorted(found))
@@ -360,7 +362,9 @@ def _decode_stamps(
             container.seek(min(wanted), stream=stream, backward=True)
         for frame in container.decode(stream):
             deadline.check()
-            _check_pixels(frame.width, frame.height, config)  # a header may name another size than the frames have
+            _check_pixels(
+                frame.width, frame.height, config
+            )  # a header may name another size than the frames have
             if frame.pts in wanted:
                 found[frame.pts] = frame.to_image()
             if len(found) == len(wanted) or (frame.pts is not None and frame.pts > max(wanted)):

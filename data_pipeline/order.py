@@ -106,7 +106,9 @@ class SampleOrder:
         first = window * self._width
         start = self._start(first, tail_slot)
         stop = min(self._start(first + self._width, tail_slot), self.num_samples)
-        slot, inside = self._slot(start + self._window(epoch, window, stop - start)(offset - start), tail_slot)
+        slot, inside = self._slot(
+            start + self._window(epoch, window, stop - start)(offset - start), tail_slot
+        )
         if slot == tail_slot:
             return self._full * self._block + inside
         return blocks(slot - (slot > tail_slot)) * self._block + inside

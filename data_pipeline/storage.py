@@ -227,7 +227,12 @@ def _is_passing(error: BaseException) -> bool:
         # fsspec's web file system calls whatever went wrong with a size "not found"; the cause says what it was.
         cause = error.__cause__
         web = type(cause).__module__.split(".")[0] == "aiohttp" or isinstance(cause, OSError)
-        return web and cause is not None and getattr(cause, "status", None) not in (404, 410) and _is_passing(cause)
+        return (
+            web
+            and cause is not None
+            and getattr(cause, "status", None) not in (404, 410)
+            and _is_passing(cause)
+        )
     if isinstance(error, _FINAL_ERRORS):
         return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_PACKAGES

@@ -191,7 +191,9 @@ class Flamingo(nn.Module):
                 raise ValueError("media needs media_mask_BM, which says which of its slots are real.")
             latents_BMRE = self._encode_media(media, media_mask_BM)
         if segments_BT is not None and cache is not None:
-            raise ValueError("segments_BT with a cache: packed rows are for training; generate from one sample a row.")
+            raise ValueError(
+                "segments_BT with a cache: packed rows are for training; generate from one sample a row."
+            )
         offset = 0 if cache is None else cache.length
         mask_B1TT = None if segments_BT is None else segment_mask(segments_BT)
         if segments_BT is None:

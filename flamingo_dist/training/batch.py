@@ -1,6 +1,7 @@
 """One data set's batch on one rank, as tensors."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> "TrainBatch":
         """Return the batch on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name, value in vars(self).items()
         }

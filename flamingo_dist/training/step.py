@@ -72,7 +72,7 @@ class TrainStep:
             engine: the DeepSpeed engine around `Flamingo`.
             config: training settings.
             topology: the run's degrees.
-            weights: lambda by data set, or a function that gives it by step; its order is the order of the backward passes.
+            weights: lambda by data set, or a function that gives it by step; in the order of the backward passes.
             plain_optimizer: whether the norm, the clip and the check are ours (see `parallel.zero.is_plain`).
         """
         self.engine = engine

@@ -1,4 +1,4 @@
-"""The same global batches on any number of ranks and readers, killed and continued anywhere; seeks that cost nothing."""
+"""The same global batches on any number of ranks and readers, wherever killed; seeks that cost nothing."""
 
 import json
 import math
@@ -209,7 +209,9 @@ def test_a_seek_costs_the_same_anywhere_and_with_any_number_of_shards() -> None:
         n = stream.num_samples
         for share in (0.0, 0.5, 0.9):
             order = SampleOrder(stream.index.counts, seed=7, name="pairs")
-            locate[shards, share] = calls_in(lambda order=order, n=n, share=share: order.locate(int(share * n)))
+            locate[shards, share] = calls_in(
+                lambda order=order, n=n, share=share: order.locate(int(share * n))
+            )
         state[shards] = len(json.dumps(make_state({"pairs": stream.describe()}, int(0.9 * n / 32))))
         storage.reads.clear()
         assert len(stream.batch(int(0.9 * n / 32)).keys) == 32

@@ -77,12 +77,14 @@ class Trap:
         self.path = path
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return os.system, (f"touch {self.path}", )  # type: ignore[return-value]
+        return os.system, (f"touch {self.path}",)  # type: ignore[return-value]
 
 
 def raw_tar(path: Path, members: list[tuple[bytes | str, bytes]], *, kind: bytes = tarfile.REGTYPE) -> None:
     """A tar by tarfile, with names as they come."""
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+    with tarfile.open(
+        path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+    ) as tar:
         for name, blob in members:
             text = name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
             info = tarfile.TarInfo(text)
@@ -146,17 +148,12 @@ def test_bombs_cost_nothing() -> None:
         decode_image(text.getvalue(), SMALL)
 
 
-@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("cut", [0.0, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_cut_images(form: str, cut: float) -> None:
     whole = encode(Image.effect_noise((96, 96), 80).convert("RGB"), form)
-    try:
-        assert decode_image(whole[: int(len(whole) * cut)], SMALL).shape == (3, 16, 16)
-    except BadSampleError as error:
-        assert error.cause == "corrupt image"
-    if cut <= 0.9 and form != "WEBP":
-        with pytest.raises(BadSampleError, match="corrupt image"):
-            decode_image(whole[: int(len(whole) * cut)], SMALL)
+    with pytest.raises(BadSampleError, match="corrupt image"):
+        decode_image(whole[: int(len(whole) * cut)], SMALL)
 
 
 def test_decoding_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def test_weights_follow_straight_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [(), ((5, 1.0), (5, 2.0)), ((5, 1.0), (3, 2.0)), ((-1, 1.0),), ((0, -1.0),), ((0, float("nan")),)]
+    "points",
+    [(), ((5, 1.0), (5, 2.0)), ((5, 1.0), (3, 2.0)), ((-1, 1.0),), ((0, -1.0),), ((0, float("nan")),)],
 )
 def test_bad_schedules(points: tuple[tuple[int, float], ...]) -> None:
     with pytest.raises(ValueError, match="points"):
@@ -103,9 +104,7 @@ def test_packed_batches_divide_and_resume(pairs: Make, tmp_path: Path) -> None:
     for ranks in (2, 3, 6):
         parts = [whole.batch(7, rank, ranks) for rank in range(ranks)]
         assert sum((p.keys for p in parts), ()) == whole.batch(7).keys
-        np.testing.assert_array_equal(
-            np.concatenate([p.tokens_BT for p in parts]), whole.batch(7).tokens_BT
-        )
+        np.testing.assert_array_equal(np.concatenate([p.tokens_BT for p in parts]), whole.batch(7).tokens_BT)
     with pytest.raises(ValueError, match="4 data-parallel ranks in rows of 2; use 8 or 16"):
         whole.batch(0, 0, 4)
     saved = json.loads(json.dumps(LocalFeed([config], BYTES, seed=5).state(3)))

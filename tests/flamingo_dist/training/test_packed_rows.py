@@ -64,7 +64,9 @@ def without(whole: TrainBatch, bad: int | None) -> TrainBatch:
     return TrainBatch(**changed)
 
 
-def loss_and_gradients(batch: TrainBatch, topology: Topology, **parallel: Any) -> tuple[float, dict[str, Any]]:
+def loss_and_gradients(
+    batch: TrainBatch, topology: Topology, **parallel: Any
+) -> tuple[float, dict[str, Any]]:
     model = build_model(
         tiny.network(gate_init=0.5),
         ParallelConfig(zero_stage=0, **parallel),
@@ -82,13 +84,17 @@ def loss_and_gradients(batch: TrainBatch, topology: Topology, **parallel: Any) -
     )
     loss = out.nll_BT.sum() / batch.num_loss_tokens()
     loss.backward()
-    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("pack", [2, 4, 8])
 @pytest.mark.parametrize("bad", [None, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_are_those_of_the_samples_apart(pack: int, bad: int | None, checkpointing: bool) -> None:
+def test_loss_and_gradients_are_those_of_the_samples_apart(
+    pack: int, bad: int | None, checkpointing: bool
+) -> None:
     whole = tiny.batch("pairs", 3, rows=ROWS)
     with single_process() as topology:
         loss, gradients = loss_and_gradients(without(whole, bad), topology)
