@@ -48,8 +48,8 @@ class DatasetConfig(MediaConfig):
     """Samples a step over all data-parallel ranks (G)."""
     weight: float = 1.0
     """Lambda, the weight of the data set's loss (paper: M3W 1.0, ALIGN 0.2, LTIP 0.2, VTP 0.03)."""
-    weight_schedule: WeightSchedule | None = None
-    """Lambda by step, in place of `weight`; None keeps `weight`."""
+    weight_schedule: WeightSchedule = WeightSchedule()
+    """Lambda by step, in place of `weight`; without points, `weight` stays."""
     mode: Literal["train", "eval"] = "train"
     """"eval": fixed order, no augmentation, phi to the previous image, first caption, window at the start."""
     seq_len: int = 64
@@ -193,7 +193,7 @@ class DatasetConfig(MediaConfig):
 
     def weight_at(self, step: int) -> float:
         """Return lambda at a step."""
-        return self.weight if self.weight_schedule is None else self.weight_schedule.at(step)
+        return self.weight_schedule.at(step) if self.weight_schedule.points else self.weight
 
     @property
     def media_shape(self) -> tuple[int, ...]:

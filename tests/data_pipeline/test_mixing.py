@@ -31,11 +31,13 @@ def test_weights_follow_straight_lines() -> None:
     steps = (0, 10, 15, 20, 25, 30, 35, 40, 1000)
     assert [schedule.at(step) for step in steps] == [1, 1, 0.5, 0, 0, 0, 1, 2, 2]
     assert WeightSchedule(points=((0, 0.3),)).at(7) == 0.3
+    with pytest.raises(ValueError, match="no schedule"):
+        WeightSchedule().at(0)
 
 
 @pytest.mark.parametrize(
     "points",
-    [(), ((5, 1.0), (5, 2.0)), ((5, 1.0), (3, 2.0)), ((-1, 1.0),), ((0, -1.0),), ((0, float("nan")),)],
+    [((5, 1.0), (5, 2.0)), ((5, 1.0), (3, 2.0)), ((-1, 1.0),), ((0, -1.0),), ((0, float("nan")),)],
 )
 def test_bad_schedules(points: tuple[tuple[int, float], ...]) -> None:
     with pytest.raises(ValueError, match="points"):
