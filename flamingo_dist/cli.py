@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `flamingo demo`, `flamingo generate`, `flamingo recipes`."""
+"""The command line: `flamingo train`, `flamingo demo`, `flamingo generate`, `flamingo data`, `flamingo recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +47,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return generate(arguments)
 
+    def data(arguments: list[str]) -> int:
+        from jobs.data_commands import data
+
+        return data(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -59,6 +64,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         ),
         "demo": (demo, "fetch real data, train on it and write a report"),
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
+        "data": (data, "work with corpora: flamingo data bench"),
         "recipes": (recipes, "list the recipes"),
     }
 
