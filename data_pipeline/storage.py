@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import IO, Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.cache import LocalCache
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _SCAN_BUFFER = 256 << 10
+_REMEMBERED_URLS = 4096
 _FINAL_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # Network libraries whose errors are not all OSErrors; told by name, so that none has to be installed.
 _NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "gcsfs", "s3fs", "requests", "urllib3"})
@@ -65,11 +67,19 @@ class Storage:
             cache: local copies of what was read.
         """
         self._options, self._attempts, self.cache = parse_options(options), attempts, cache
+        self._opened: dict[str, tuple[Any, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
 
     def open_fs(self, url: str) -> tuple[Any, str]:
         """Return the file system of a URL and the path in it; equal ones share connections."""
-        fs, path = fsspec.core.url_to_fs(url, **self._options)
-        return fs, path
+        found = self._opened.get(url)
+        if found is None:
+            if len(self._opened) >= _REMEMBERED_URLS:
+                self._opened.clear()
+            found = self._opened[url] = fsspec.core.url_to_fs(url, **self._options)
+        return found
 
     def tried(self, call: Callable[[], _Value], what: str) -> _Value:
         """Call until it succeeds.
@@ -177,9 +187,10 @@ class Storage:
     def _fetch(self, url: str, start: int, stop: int) -> bytes:
         """Read a range from the storage itself."""
         fs, path = self.open_fs(url)
+        local = isinstance(fs, LocalFileSystem)
 
         def attempt() -> bytes:
-            blob: bytes = fs.cat_file(path, start=start, end=stop)
+            blob: bytes = _read_local(path, start, stop) if local else fs.cat_file(path, start=start, end=stop)
             if len(blob) == stop - start:
                 return blob
             if len(blob) > stop - start:  # a server that knows no ranges sends the whole file
@@ -193,6 +204,16 @@ class Storage:
             return blob
 
         return self.tried(attempt, f"{url} bytes {start}-{stop}")
+
+
+def _read_local(path: str, start: int, stop: int) -> bytes:
+    """Read a range of a file on this machine, without what fsspec adds for those that are not."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        blob = file.read(stop - start)
+        while len(blob) < stop - start and (more := file.read(stop - start - len(blob))):
+            blob += more
+        return blob
 
 
 class _RangeFile(io.RawIOBase):
