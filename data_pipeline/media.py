@@ -85,9 +85,11 @@ class Augmentation:
 
 def draw_augmentation(config: MediaConfig, rng: np.random.Generator) -> Augmentation:
     """Draw the augmentation of one medium."""
-    flip = bool(rng.random() < config.hflip_p)
+    flip, clip_start = bool(rng.random() < config.hflip_p), float(rng.random())
+    if not config.colour_jitter:
+        return Augmentation(flip, clip_start=clip_start)
     factors = 1.0 + config.colour_jitter * rng.uniform(-1, 1, 3)
-    return Augmentation(flip, tuple(float(f) for f in factors), float(rng.random()))  # type: ignore[arg-type]
+    return Augmentation(flip, tuple(float(f) for f in factors), clip_start)  # type: ignore[arg-type]
 
 
 def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | None = None) -> np.ndarray:
@@ -113,7 +115,7 @@ def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | 
             if image.format == "JPEG" and image.mode == "RGB":
                 # Lets the decoder shrink by 2, 4 or 8 as it decodes; still twice the size that is needed.
                 image.draft("RGB", (2 * config.image_size, 2 * config.image_size))
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             return _fit(image, config, augmentation)
         except BadSampleError:
             raise
@@ -247,7 +249,7 @@ def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | N
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, (255, 255, 255))
         image.paste(layer, mask=layer.getchannel("A"))
-    else:
+    elif image.mode != "RGB":
         image = image.convert("RGB")
     scale = size / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,13 @@ def make_rng(seed: int, name: str, purpose: str, *numbers: int) -> np.random.Gen
         purpose: what the draws are for, so that adding a draw for one does not move another's.
         numbers: epoch or position, at least 0.
     """
-    digest = hashlib.sha256(f"{name}\0{purpose}".encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), *numbers])
+    return np.random.default_rng([seed, _digest(name, purpose), *numbers])
+
+
+@cache
+def _digest(name: str, purpose: str) -> int:
+    """Hash a data set's name and a purpose to 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"{name}\0{purpose}".encode()).digest()[:8], "little")
 
 
 class Place(NamedTuple):

@@ -78,8 +78,10 @@ class SampleLoader:
                 seq_len=config.seq_len,
                 leading_space=train and bool(rng.random() < config.leading_space_p),
             )
-        media_rng = make_rng(self._seed, config.name, "media", position)
-        draws = [draw_augmentation(config, media_rng) if train else None for _ in text.media]
+        draws: list[Augmentation | None] = [None] * len(text.media)
+        if train and (config.hflip_p or config.colour_jitter or config.kind == "video"):
+            media_rng = make_rng(self._seed, config.name, "media", position)
+            draws = [draw_augmentation(config, media_rng) for _ in text.media]
         media = tuple(self._decode(reader, name, draw) for name, draw in zip(text.media, draws, strict=True))
         return LoadedSample(key=reader.record.key, text=text, media=media)
 

@@ -219,7 +219,7 @@ class Energon(Reading):
             )
             (self.folder / ".nv-meta" / "dataset.yaml").write_text(
                 "sample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample\n"
-                "field_map:\n  image: jpg\n  caption: txt\nauto_decode: false\n"
+                "field_map:\n  image: jpg\n  caption: txt\ndecoder: null\n"
             )
 
     def start(self, skip: int) -> Iterator[int]:
