@@ -3,7 +3,7 @@
 Light tests run in parallel; tests that start processes of their own run one after another, so that two
 cores are not fought over; tests of the SLURM job need SLURM's daemons and run on request.
 
-Usage: ``python tools/run_tests.py light distributed [slurm] -- [pytest arguments]``
+Usage: ``python tools/run_tests.py light distributed [slurm] [slow] -- [pytest arguments]``
 """
 
 import os
@@ -19,9 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 PHASES: dict[str, list[str]] = {
-    "light": ["-m", "not distributed and not slurm", "-n", "2"],
-    "distributed": ["-m", "distributed and not slurm"],
+    "light": ["-m", "not distributed and not slurm and not slow", "-n", "2"],
+    "distributed": ["-m", "distributed and not slurm and not slow"],
     "slurm": ["-m", "slurm"],
+    "slow": ["-m", "slow and not slurm", "-s"],
 }
 """What pytest is asked for in each phase."""
 
