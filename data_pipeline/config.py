@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from data_pipeline.cache import LocalCache
@@ -48,7 +48,7 @@ class DatasetConfig(MediaConfig):
     """Samples a step over all data-parallel ranks (G)."""
     weight: float = 1.0
     """Lambda, the weight of the data set's loss (paper: M3W 1.0, ALIGN 0.2, LTIP 0.2, VTP 0.03)."""
-    weight_schedule: WeightSchedule = WeightSchedule()
+    weight_schedule: WeightSchedule = field(default_factory=WeightSchedule)
     """Lambda by step, in place of `weight`; without points, `weight` stays."""
     mode: Literal["train", "eval"] = "train"
     """"eval": fixed order, no augmentation, phi to the previous image, first caption, window at the start."""

@@ -190,7 +190,9 @@ class Storage:
         local = isinstance(fs, LocalFileSystem)
 
         def attempt() -> bytes:
-            blob: bytes = _read_local(path, start, stop) if local else fs.cat_file(path, start=start, end=stop)
+            blob: bytes = (
+                _read_local(path, start, stop) if local else fs.cat_file(path, start=start, end=stop)
+            )
             if len(blob) == stop - start:
                 return blob
             if len(blob) > stop - start:  # a server that knows no ranges sends the whole file

@@ -113,8 +113,10 @@ def _in_own_process(task: LoaderTask) -> LoaderResult:
     code = (
         "import json, sys\n"
         "from dataclasses import asdict\n"
+        "from jobs.bench_data.loaders import LOADERS\n"
         "from jobs.bench_data.measure import LoaderTask, measure\n"
-        "result = measure(LoaderTask(**json.loads(sys.argv[1])))\n"
+        "task = LoaderTask(**json.loads(sys.argv[1]))\n"
+        "result = measure(task, LOADERS[task.loader])\n"
         "print('\\n' + json.dumps(asdict(result)), flush=True)\n"
     )
     environment = {

@@ -11,7 +11,21 @@ from PIL import Image
 from data_pipeline.shards import ShardWriter
 
 SHARD_SAMPLES = 250
-_WORDS = ("a", "red", "green", "old", "house", "river", "with", "trees", "under", "the", "sky", "and", "birds")
+_WORDS = (
+    "a",
+    "red",
+    "green",
+    "old",
+    "house",
+    "river",
+    "with",
+    "trees",
+    "under",
+    "the",
+    "sky",
+    "and",
+    "birds",
+)
 
 
 def jpeg(number: int, width: int = 640, height: int = 480) -> bytes:
@@ -23,7 +37,9 @@ def jpeg(number: int, width: int = 640, height: int = 480) -> bytes:
         height: pixels.
     """
     rng = np.random.default_rng(number)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     grain = rng.normal(0, 9, (height, width, 1))
     pixels = np.clip(np.asarray(coarse, np.float32) + grain, 0, 255).astype(np.uint8)
     buffer = io.BytesIO()

@@ -67,7 +67,7 @@ def _dataset(task: LoaderTask) -> DatasetConfig:
 
 
 class Ours(Reading):
-    """This project's reader in the measured process."""
+    """Our reader in the measured process."""
 
     package, resume_kind = "flamingo-dist", "exact"
 
@@ -79,7 +79,7 @@ class Ours(Reading):
 
 
 class OursOnRay(Reading):
-    """This project's readers as Ray actors, the batches fetched from the object store."""
+    """Our readers as Ray actors, the batches fetched from the object store."""
 
     package, resume_kind = "ray", "exact"
 
@@ -174,11 +174,13 @@ class Mosaic(Reading):
         clean_stale_shared_memory()
         decode = Decode(self.task.image_size)
 
-        class Decoded(StreamingDataset):  # type: ignore[misc]
+        class Decoded(StreamingDataset):
             def __getitem__(self, at: Any) -> Any:
                 return decode.sample(super().__getitem__(at))
 
-        dataset = Decoded(local=str(self.folder), shuffle=True, batch_size=self.task.batch_size, num_canonical_nodes=1)
+        dataset = Decoded(
+            local=str(self.folder), shuffle=True, batch_size=self.task.batch_size, num_canonical_nodes=1
+        )
         loader = StreamingDataLoader(
             dataset, batch_size=self.task.batch_size, num_workers=self.task.workers, collate_fn=_as_list
         )
@@ -229,7 +231,7 @@ class Energon(Reading):
         decode = Decode(self.task.image_size)
         size = self.task.batch_size
 
-        class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        class Encoder(energon.DefaultTaskEncoder):
             @energon.stateless
             def encode_sample(self, sample: Any) -> Any:
                 text = sample.caption

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -96,10 +95,13 @@ def cpu_seconds() -> float:
     return total
 
 
-def measure(task: LoaderTask) -> LoaderResult:
-    """Measure one loader: an epoch, the first batch, the first batch after 90% of the epoch."""
-    module = importlib.import_module("jobs.bench_data.loaders")
-    make: Callable[[LoaderTask], Reading] = module.LOADERS[task.loader]
+def measure(task: LoaderTask, make: Callable[[LoaderTask], Reading]) -> LoaderResult:
+    """Measure one loader: an epoch, the first batch, the first batch after 90% of the epoch.
+
+    Args:
+        task: what is read.
+        make: makes the loader.
+    """
     try:
         reading = make(task)
         resume_s = _first(reading, int(0.9 * task.samples) // task.batch_size * task.batch_size)

@@ -88,7 +88,10 @@ def measure_seek(shards: int, per_shard: int, position: float) -> SeekResult:
     entries = [ShardEntry(f"synthetic://corpus/{i:06d}.tar", per_shard, 1 << 20) for i in range(shards)]
     started = time.perf_counter()
     stream = DatasetStream(
-        config, TokenizerConfig(), 0, index=ShardIndex(entries, storage=storage, cache_shards=config.cache_shards)
+        config,
+        TokenizerConfig(),
+        0,
+        index=ShardIndex(entries, storage=storage, cache_shards=config.cache_shards),
     )
     description = {config.name: stream.describe()}
     open_s = time.perf_counter() - started

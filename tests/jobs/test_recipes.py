@@ -154,7 +154,14 @@ def test_every_setting_is_documented():
 
 def test_schedules_and_packing_are_settings_of_a_recipe(tmp_path):
     options = ["--data.train.pairs.weight-schedule.points", "0", "1.0", "100", "0.1"]
-    options += ["--data.train.pairs.pack", "4", "--data.train.pairs.row-len", "64", "--resources.workers", "2"]
+    options += [
+        "--data.train.pairs.pack",
+        "4",
+        "--data.train.pairs.row-len",
+        "64",
+        "--resources.workers",
+        "2",
+    ]
     given = parse_run(RECIPES["smoke"], options, "test").run
     assert given.data.train["pairs"].weight_at(50) == pytest.approx(0.55)
     assert given.data.train["documents"].weight_at(50) == 1.0
