@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from data_pipeline.cache import LocalCache
 from data_pipeline.media import MediaConfig
 from data_pipeline.schedule import WeightSchedule
-from data_pipeline.storage import Storage, parse_options
+from data_pipeline.storage import Storage
 
 _FREE_FIELDS = frozenset(
     {
@@ -107,10 +107,10 @@ class DatasetConfig(MediaConfig):
             raise ValueError(
                 f"urls {self.urls!r} of data set {self.name!r}: give a tuple, as ({self.urls!r},)"
             )
-        for field in ("p_next", "leading_space_p", "bad_sample_budget"):
-            if not 0 <= getattr(self, field) <= 1:
+        for name in ("p_next", "leading_space_p", "bad_sample_budget"):
+            if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
-                    f"{field} {getattr(self, field)} of data set {self.name!r}: must lie in [0, 1]"
+                    f"{name} {getattr(self, name)} of data set {self.name!r}: must lie in [0, 1]"
                 )
         if self.kind != "interleaved" and self.max_media != 1:
             raise ValueError(
@@ -124,7 +124,7 @@ class DatasetConfig(MediaConfig):
             )
         self._check_features()
         self._check_packing()
-        parse_options(self.storage_options)
+        self.storage()
 
     def _check_counts(self) -> None:
         """Check the fields that count something."""
@@ -139,16 +139,14 @@ class DatasetConfig(MediaConfig):
             "row_len": 0,
             "shuffle_shards": 1,
             "threads": 1,
-        }
-        for field, smallest in {
-            **least,
             "bad_sample_floor": 0,
             "cache_shards": 1,
             "read_attempts": 1,
-        }.items():
-            if getattr(self, field) < smallest:
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
                 raise ValueError(
-                    f"{field} {getattr(self, field)} of data set {self.name!r}: must be at least {smallest}"
+                    f"{name} {getattr(self, name)} of data set {self.name!r}: must be at least {smallest}"
                 )
 
     def _check_packing(self) -> None:

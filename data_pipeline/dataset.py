@@ -175,9 +175,8 @@ class DatasetStream:
                 )
             else:
                 parts = pack_row([None if s is None else s.text for s in row], T)
-            for array, part in zip(
-                (tokens_BT, loss_mask_BT, media_index_BT, segments_BT), parts, strict=True
-            ):
+            arrays: tuple[np.ndarray, ...] = (tokens_BT, loss_mask_BT, media_index_BT, segments_BT)
+            for array, part in zip(arrays, parts, strict=True):
                 array[b, : len(part)] = part
             for number, sample in enumerate(row):
                 for m, medium in enumerate(sample.media if sample is not None else ()):
