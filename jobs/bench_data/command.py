@@ -69,26 +69,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> Path:
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     shards = write_corpus(out, config.samples)
-    results = []
-    for workers in config.workers:
-        for loader in config.loaders:
-            if (workers == 0 and loader in ON_RAY) or (workers and loader == "ours"):
-                continue
-            if not _is_installed(NEEDS.get(loader, "data_pipeline")):
-                console.print(f"{loader}: not installed, left out")
-                continue
-            task = LoaderTask(
-                loader=loader,
-                shards=str(shards),
-                samples=config.samples // config.batch_size * config.batch_size,
-                batch_size=config.batch_size,
-                image_size=config.image_size,
-                workers=workers,
-                scratch=str(out / f"formats-{config.samples}"),
-            )
-            result = _middle([_in_own_process(task) for _ in range(config.repeats)])
-            console.print(_line(result))
-            results.append(result)
+    results = _measure_loaders(config, shards, out, console)
     seeks = [measure_seek(n, 100, share) for n in config.seek_shards for share in (0.0, 0.9)]
     if config.seek_shards:
         seeks += [measure_seek(*_TEN_MILLION, share) for share in (0.0, 0.5, 0.9)]
@@ -99,6 +80,35 @@ def bench(config: BenchConfig, console: Console | None = None) -> Path:
     table.write_text(render(config, results, seeks))
     console.print(f"wrote {table}")
     return table
+
+
+def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Console) -> list[LoaderResult]:
+    """Measure all loaders in rounds, so that a machine that gets busier does so for all of them alike."""
+    tasks = []
+    for workers in config.workers:
+        for loader in config.loaders:
+            if (workers == 0 and loader in ON_RAY) or (workers and loader == "ours"):
+                continue
+            if not _is_installed(NEEDS.get(loader, "data_pipeline")):
+                console.print(f"{loader}: not installed, left out")
+                continue
+            tasks.append(
+                LoaderTask(
+                    loader=loader,
+                    shards=str(shards),
+                    samples=config.samples // config.batch_size * config.batch_size,
+                    batch_size=config.batch_size,
+                    image_size=config.image_size,
+                    workers=workers,
+                    scratch=str(out / f"formats-{config.samples}"),
+                )
+            )
+    rounds: list[list[LoaderResult]] = [[] for _ in tasks]
+    for _ in range(config.repeats):
+        for task, found in zip(tasks, rounds, strict=True):
+            found.append(_in_own_process(task))
+            console.print(_line(found[-1]), soft_wrap=True)
+    return [_middle(found) for found in rounds]
 
 
 def _is_installed(module: str) -> bool:
