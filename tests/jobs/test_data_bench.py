@@ -49,7 +49,18 @@ def test_a_loader_that_fails_is_told_not_raised(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--samples", "80", "--batch-size", "8", "--image-size", "32", "--repeats", "1", "--workers", "0"]
+    options = [
+        "--samples",
+        "80",
+        "--batch-size",
+        "8",
+        "--image-size",
+        "32",
+        "--repeats",
+        "1",
+        "--workers",
+        "0",
+    ]
     options += ["--loaders", "ours", "--seek-shards", "10", "1000", "--out", str(tmp_path)]
     assert main(["data", "bench", *options]) == 0
     assert "wrote" in capsys.readouterr().out
