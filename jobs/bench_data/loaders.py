@@ -198,9 +198,13 @@ class Mosaic(Reading):
 
 
 class Energon(Reading):
-    """Megatron-Energon on the same tars, prepared by its own tool."""
+    """Megatron-Energon on the same tars, prepared by its own tool.
 
-    package, resume_kind = "megatron-energon", "state"
+    Its loader can save and restore a state. That state comes from a loader that was read up to there, so for a
+    position that nobody read up to, as here, it reads through.
+    """
+
+    package = "megatron-energon"
 
     def __init__(self, task: LoaderTask) -> None:
         """Link the tars into a folder and have Energon index them; not timed."""
