@@ -210,11 +210,12 @@ class Coordinator:
             except Exception as error:  # a dead reader, or a fault in our own code
                 found = (self._failed(config, step, error),)
                 empty = empty_batch(
-                    samples,
-                    config.seq_len,
+                    samples // config.pack,
+                    config.tokens_per_row,
                     config.media_shape,
                     pixels=config.media == "pixels",
                     pad_id=self._pad_id,
+                    pack=config.pack,
                     skips=tuple(found),
                 )
                 batch = ray.put(empty)

@@ -42,9 +42,12 @@ class Batch:
     media_mask_BM: np.ndarray
     """bool [B, M]; which slots hold a real medium."""
     keys: tuple[str, ...]
-    """B sample keys, "" for a slot emptied by a bad sample."""
+    """Keys of the samples in the order of their positions, B of them, or B * pack; "" for a bad sample."""
     skips: tuple[Skip, ...] = ()
     """Bad samples met while making this batch."""
+    segments_BT: np.ndarray | None = None
+    """int32 [B, T] of packed rows: number of the sample that a token belongs to, from 1; 0 is padding. None where
+    each row is one sample."""
 
     def __post_init__(self) -> None:
         B, T = self.tokens_BT.shape
@@ -55,13 +58,16 @@ class Batch:
             "media_index_BT": (self.media_index_BT, np.int32, (B, T)),
             "media_mask_BM": (self.media_mask_BM, np.bool_, (B, M)),
         }
+        if self.segments_BT is not None:
+            wanted["segments_BT"] = (self.segments_BT, np.int32, (B, T))
         for name, (array, dtype, shape) in wanted.items():
             assert array.dtype == dtype, f"{name}: {array.dtype} instead of {dtype}"
             assert array.shape == shape, f"{name}: {array.shape} instead of {shape}"
         assert self.media.shape[:2] == (B, M), f"media: {self.media.shape}, B {B}, M {M}"
         dimensions = {np.dtype(np.uint8): 6, np.dtype(np.float16): 5}.get(self.media.dtype)
         assert self.media.ndim == dimensions, f"media: {self.media.dtype} {self.media.shape}"
-        assert len(self.keys) == B, f"{len(self.keys)} keys for {B} samples"
+        pack = 1 if self.segments_BT is None else M
+        assert len(self.keys) == B * pack, f"{len(self.keys)} keys for {B} rows of {pack} samples"
 
 
 def empty_batch(
@@ -71,16 +77,18 @@ def empty_batch(
     *,
     pixels: bool,
     pad_id: int,
+    pack: int = 1,
     skips: tuple[Skip, ...] = (),
 ) -> Batch:
     """Make a batch whose slots are all empty: padding tokens, no loss, no media.
 
     Args:
-        batch_size: B.
-        seq_len: T.
+        batch_size: B, rows.
+        seq_len: T, tokens of a row.
         media_shape: (M, F, 3, H, W) for pixels, (M, F, S, C) for features.
         pixels: uint8 pixels, else float16 features.
         pad_id: id that fills the tokens.
+        pack: samples of a row.
         skips: why the slots are empty.
     """
     return Batch(
@@ -89,6 +97,7 @@ def empty_batch(
         media_index_BT=np.zeros((batch_size, seq_len), np.int32),
         media=np.zeros((batch_size, *media_shape), np.uint8 if pixels else np.float16),
         media_mask_BM=np.zeros((batch_size, media_shape[0]), np.bool_),
-        keys=("",) * batch_size,
+        keys=("",) * (batch_size * pack),
         skips=skips,
+        segments_BT=np.zeros((batch_size, seq_len), np.int32) if pack > 1 else None,
     )

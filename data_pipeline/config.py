@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from data_pipeline.cache import LocalCache
 from data_pipeline.media import MediaConfig
+from data_pipeline.schedule import WeightSchedule
+from data_pipeline.storage import Storage
 
 _FREE_FIELDS = frozenset(
-    {"urls", "weight", "bad_sample_budget", "bad_sample_floor", "threads", "cache_shards"}
+    {
+        "urls",
+        "weight",
+        "weight_schedule",
+        "bad_sample_budget",
+        "bad_sample_floor",
+        "threads",
+        "cache_shards",
+        "storage_options",
+        "read_attempts",
+        "cache_folder",
+        "cache_bytes",
+        "cache_chunk_bytes",
+        "max_seconds",
+    }
 )
 
 
@@ -31,10 +48,17 @@ class DatasetConfig(MediaConfig):
     """Samples a step over all data-parallel ranks (G)."""
     weight: float = 1.0
     """Lambda, the weight of the data set's loss (paper: M3W 1.0, ALIGN 0.2, LTIP 0.2, VTP 0.03)."""
+    weight_schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    """Lambda by step, in place of `weight`; without points, `weight` stays."""
     mode: Literal["train", "eval"] = "train"
     """"eval": fixed order, no augmentation, phi to the previous image, first caption, window at the start."""
     seq_len: int = 64
     """T, tokens a sample (paper: 256 for documents, 32 or 64 for pairs, 32 for video)."""
+    pack: int = 1
+    """Pairs or videos that share a row; text, images and positions of each stay its own."""
+    row_len: int = 0
+    """Tokens of a row of `pack` samples; 0 is pack * seq_len. Below it, the longest captions of a row are cut
+    until they fit."""
     max_media: int = 1
     """M, media a sample (paper: 5 for documents, 1 else)."""
     frames: int = 1
@@ -65,6 +89,16 @@ class DatasetConfig(MediaConfig):
     """Threads that fetch and decode the samples of a batch; more help on remote storage."""
     cache_shards: int = 32
     """Shards whose offsets a reader keeps in memory."""
+    storage_options: str = ""
+    """Arguments of the fsspec file system as JSON, as '{"endpoint_url": "http://..."}' for S3; no credentials."""
+    read_attempts: int = 8
+    """Times that a read of the storage is tried, with growing pauses, before the run stops."""
+    cache_folder: str = ""
+    """Folder of a node's disk that keeps what was read, for all readers of the node; "" keeps nothing."""
+    cache_bytes: int = 32 << 30
+    """Bound of that folder in bytes; what was not used longest goes first."""
+    cache_chunk_bytes: int = 4 << 20
+    """Bytes that are read at once where there is a cache: the read-ahead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,10 +107,10 @@ class DatasetConfig(MediaConfig):
             raise ValueError(
                 f"urls {self.urls!r} of data set {self.name!r}: give a tuple, as ({self.urls!r},)"
             )
-        for field in ("p_next", "leading_space_p", "bad_sample_budget"):
-            if not 0 <= getattr(self, field) <= 1:
+        for name in ("p_next", "leading_space_p", "bad_sample_budget"):
+            if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
-                    f"{field} {getattr(self, field)} of data set {self.name!r}: must lie in [0, 1]"
+                    f"{name} {getattr(self, name)} of data set {self.name!r}: must lie in [0, 1]"
                 )
         if self.kind != "interleaved" and self.max_media != 1:
             raise ValueError(
@@ -89,6 +123,8 @@ class DatasetConfig(MediaConfig):
                 "use 1, or kind 'video'"
             )
         self._check_features()
+        self._check_packing()
+        self.storage()
 
     def _check_counts(self) -> None:
         """Check the fields that count something."""
@@ -99,14 +135,38 @@ class DatasetConfig(MediaConfig):
             "seq_len": 8,
             "max_media": 1,
             "frames": 1,
+            "pack": 1,
+            "row_len": 0,
             "shuffle_shards": 1,
             "threads": 1,
+            "bad_sample_floor": 0,
+            "cache_shards": 1,
+            "read_attempts": 1,
         }
-        for field, smallest in {**least, "bad_sample_floor": 0, "cache_shards": 1}.items():
-            if getattr(self, field) < smallest:
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
                 raise ValueError(
-                    f"{field} {getattr(self, field)} of data set {self.name!r}: must be at least {smallest}"
+                    f"{name} {getattr(self, name)} of data set {self.name!r}: must be at least {smallest}"
                 )
+
+    def _check_packing(self) -> None:
+        """Check that rows hold what is packed into them."""
+        if self.pack == 1 and self.row_len:
+            raise ValueError(
+                f"row_len {self.row_len} of data set {self.name!r}: only rows of pack > 1 have one"
+            )
+        if self.pack == 1:
+            return
+        if self.kind == "interleaved" or self.mode == "eval":
+            raise ValueError(
+                f"pack {self.pack} of data set {self.name!r}: only pairs and videos in mode 'train' are packed, "
+                f"this is {self.kind!r} in mode {self.mode!r}; use 1"
+            )
+        if self.batch_size % self.pack or (self.row_len and self.row_len < 8 * self.pack):
+            raise ValueError(
+                f"pack {self.pack} of data set {self.name!r}: batch_size {self.batch_size} must be a multiple of "
+                f"it, and row_len {self.row_len} 0 or at least {8 * self.pack}"
+            )
 
     def _check_features(self) -> None:
         """Check that features have a shape, and pixels none."""
@@ -125,13 +185,32 @@ class DatasetConfig(MediaConfig):
             warnings.warn(f"colour_jitter of data set {self.name!r} has no effect on features", stacklevel=4)
 
     @property
+    def tokens_per_row(self) -> int:
+        """T of a batch: tokens of a row, which holds `pack` samples."""
+        return (self.row_len or self.pack * self.seq_len) if self.pack > 1 else self.seq_len
+
+    def weight_at(self, step: int) -> float:
+        """Return lambda at a step."""
+        return self.weight_schedule.at(step) if self.weight_schedule.points else self.weight
+
+    @property
     def media_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's media: (M, F, 3, H, W) for pixels, (M, F, S, C) for features."""
+        """Shape of a row's media: (M, F, 3, H, W) for pixels, (M, F, S, C) for features."""
+        slots = self.max_media * self.pack
         if self.media == "pixels":
-            return (self.max_media, self.frames, 3, self.image_size, self.image_size)
+            return (slots, self.frames, 3, self.image_size, self.image_size)
         assert self.num_features is not None, "checked in __post_init__"
         assert self.width is not None, "checked in __post_init__"
-        return (self.max_media, self.frames, self.num_features, self.width)
+        return (slots, self.frames, self.num_features, self.width)
+
+    def storage(self) -> Storage:
+        """Return how the files of this data set are read."""
+        cache = None
+        if self.cache_folder:
+            cache = LocalCache(
+                folder=self.cache_folder, max_bytes=self.cache_bytes, chunk_bytes=self.cache_chunk_bytes
+            )
+        return Storage(self.storage_options, attempts=self.read_attempts, cache=cache)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that decide what a position holds, as plain JSON values.
@@ -150,11 +229,13 @@ class DatasetConfig(MediaConfig):
         Raises:
             ValueError: when the global batch does not divide.
         """
-        if self.batch_size % dp_size:
-            below = self.batch_size - self.batch_size % dp_size
-            choices = [str(n) for n in (below, below + dp_size) if n]
+        unit = dp_size * self.pack
+        if self.batch_size % unit:
+            below = self.batch_size - self.batch_size % unit
+            choices = [str(n) for n in (below, below + unit) if n]
+            rows = f" in rows of {self.pack}" if self.pack > 1 else ""
             raise ValueError(
                 f"batch_size {self.batch_size} of data set {self.name!r} does not divide among {dp_size} "
-                f"data-parallel ranks; use {' or '.join(choices)}, or another number of ranks"
+                f"data-parallel ranks{rows}; use {' or '.join(choices)}, or another number of ranks"
             )
         return self.batch_size // dp_size

@@ -13,8 +13,9 @@ from data_pipeline.batch import Batch, Skip
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import BadSampleError
 from data_pipeline.index import ShardIndex, open_index
-from data_pipeline.order import SampleOrder, make_rng
-from data_pipeline.reading import SampleReader, with_retries
+from data_pipeline.order import ORDER_VERSION, SampleOrder, make_rng
+from data_pipeline.packing import pack_row
+from data_pipeline.reading import SampleReader
 from data_pipeline.samples import LoadedSample, SampleLoader
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
@@ -47,7 +48,9 @@ class DatasetStream:
         if seed < 0:
             raise ValueError(f"seed {seed}: must be at least 0")
         self.config, self.seed = config, seed
-        self.index = index or open_index(config.urls, cache_shards=config.cache_shards)
+        self.index = index or open_index(
+            config.urls, cache_shards=config.cache_shards, storage=config.storage()
+        )
         self.tokenizer = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
         self.order = SampleOrder(
             self.index.counts,
@@ -103,6 +106,7 @@ class DatasetStream:
             "samples": self.num_samples,
             "shards": self.index.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "order": ORDER_VERSION,
             "random_numbers": _rng_fingerprint(),
             "settings": self.config.settings(),
         }
@@ -110,16 +114,26 @@ class DatasetStream:
     def _job(self, position: int) -> Callable[[], LoadedSample | Skip]:
         """Prepare the loading of one sample."""
         place = self.order.locate(position)
-        url = self.index.entries[place.shard].url
+        entry = self.index.entries[place.shard]
+        url = entry.url
         try:
-            record = with_retries(lambda: self.index.records(place.shard), f"offsets of {url}")[place.sample]
-        except BadSampleError as error:
-            skip = self._skip(error, "", url, position)
+            record = self.index.records(place.shard)[place.sample]
+        except (OSError, ValueError, IndexError) as error:
+            vanished = isinstance(error, FileNotFoundError)
+            cause = "missing shard" if vanished else "unreadable shard"
+            detail = f"offsets of {url}{' vanished' * vanished}: {type(error).__name__}: {error}"[:300]
+            skip = self._skip(BadSampleError(cause, detail, fatal=True), "", url, position)
             return lambda: skip
 
         def load() -> LoadedSample | Skip:
             try:
-                reader = SampleReader(url, record, max_bytes=self.config.max_bytes)
+                reader = SampleReader(
+                    url,
+                    record,
+                    max_bytes=self.config.max_bytes,
+                    storage=self.index.storage,
+                    shard_bytes=entry.size,
+                )
                 return self._loader.load(reader, position)
             except BadSampleError as error:
                 return self._skip(error, record.key, url, position)
@@ -139,24 +153,35 @@ class DatasetStream:
         )
 
     def _assemble(self, samples: list[LoadedSample | Skip]) -> Batch:
-        """Put samples into the slots of a batch."""
-        config, B = self.config, len(samples)
+        """Put samples into the rows of a batch, `pack` of them into each."""
+        config, pack = self.config, self.config.pack
+        B, T = len(samples) // pack, config.tokens_per_row
         pixels = config.media == "pixels"
-        tokens_BT = np.full((B, config.seq_len), self.tokenizer.pad_id, np.int64)
-        loss_mask_BT = np.zeros((B, config.seq_len), np.bool_)
-        media_index_BT = np.zeros((B, config.seq_len), np.int32)
+        tokens_BT = np.full((B, T), self.tokenizer.pad_id, np.int64)
+        loss_mask_BT = np.zeros((B, T), np.bool_)
+        media_index_BT = np.zeros((B, T), np.int32)
+        segments_BT = np.zeros((B, T), np.int32)
         media = np.zeros((B, *config.media_shape), np.uint8 if pixels else np.float16)
-        media_mask_BM = np.zeros((B, config.max_media), np.bool_)
-        for b, sample in enumerate(samples):
-            if isinstance(sample, Skip):
-                continue
-            length = len(sample.text.tokens_T)
-            tokens_BT[b, :length] = sample.text.tokens_T
-            loss_mask_BT[b, :length] = sample.text.loss_mask_T
-            media_index_BT[b, :length] = sample.text.media_index_T
-            for m, medium in enumerate(sample.media):
-                media[b, m] = medium
-                media_mask_BM[b, m] = True
+        media_mask_BM = np.zeros(media.shape[:2], np.bool_)
+        for b in range(B):
+            row = [None if isinstance(s, Skip) else s for s in samples[b * pack : (b + 1) * pack]]
+            if pack == 1 and row[0] is not None:
+                text = row[0].text
+                parts = (
+                    text.tokens_T,
+                    text.loss_mask_T,
+                    text.media_index_T,
+                    np.ones_like(text.media_index_T),
+                )
+            else:
+                parts = pack_row([None if s is None else s.text for s in row], T)
+            arrays: tuple[np.ndarray, ...] = (tokens_BT, loss_mask_BT, media_index_BT, segments_BT)
+            for array, part in zip(arrays, parts, strict=True):
+                array[b, : len(part)] = part
+            for number, sample in enumerate(row):
+                for m, medium in enumerate(sample.media if sample is not None else ()):
+                    media[b, number + m] = medium
+                    media_mask_BM[b, number + m] = True
         return Batch(
             tokens_BT=tokens_BT,
             loss_mask_BT=loss_mask_BT,
@@ -165,6 +190,7 @@ class DatasetStream:
             media_mask_BM=media_mask_BM,
             keys=tuple("" if isinstance(s, Skip) else s.key for s in samples),
             skips=tuple(s for s in samples if isinstance(s, Skip)),
+            segments_BT=segments_BT if pack > 1 else None,
         )
 
 

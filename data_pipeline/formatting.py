@@ -97,7 +97,7 @@ def parse_document(blob: bytes) -> list[str | ImageItem]:
         items: list[str | ImageItem] = []
         for row in rows:
             if isinstance(row.get("text"), str):
-                items.append(row["text"])
+                items.append(row["text"].replace("\0", ""))
             elif isinstance(row.get("image"), str):
                 items.append(ImageItem(row["image"]))
             else:

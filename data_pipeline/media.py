@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,6 +20,13 @@ PIL_VIDEO_EXTENSIONS = ("webp", "gif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", *PIL_VIDEO_EXTENSIONS)
 FEATURE_EXTENSION = "npy"
 _MAX_VIDEO_FRAMES = 200_000
+# Only formats that corpora hold. Pillow would open any of forty, among them EPS, which starts a program.
+Image.init()
+_IMAGE_FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN
+)
+_ANIMATED_FORMATS = ("WEBP", "GIF")
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,9 @@ class MediaConfig:
     """Largest width x height of an image or frame; beyond it the sample is skipped as "too large"."""
     max_bytes: int = 256 << 20
     """Largest encoded medium in bytes; beyond it the sample is skipped unread."""
+    max_seconds: float = 60.0
+    """Longest time to decode one medium; beyond it the sample is skipped as "too slow". Far above what decoding
+    takes: a machine that is merely busy must not change the data."""
     video_fps: float | None = 1.0
     """Frames a second taken from a clip (paper: 1 in training); None spreads them over the whole video."""
     hflip_p: float = 0.5
@@ -48,6 +59,8 @@ class MediaConfig:
             )
         if len(self.pad_colour) != 3 or not all(0 <= c <= 255 for c in self.pad_colour):
             raise ValueError(f"pad_colour {self.pad_colour}: give three numbers in 0..255 (R, G, B)")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds {self.max_seconds}: must be above 0")
         if self.video_fps is not None and not self.video_fps > 0:
             raise ValueError(
                 f"video_fps {self.video_fps}: give frames a second above 0, or None for the whole"
@@ -72,9 +85,11 @@ class Augmentation:
 
 def draw_augmentation(config: MediaConfig, rng: np.random.Generator) -> Augmentation:
     """Draw the augmentation of one medium."""
-    flip = bool(rng.random() < config.hflip_p)
+    flip, clip_start = bool(rng.random() < config.hflip_p), float(rng.random())
+    if not config.colour_jitter:
+        return Augmentation(flip, clip_start=clip_start)
     factors = 1.0 + config.colour_jitter * rng.uniform(-1, 1, 3)
-    return Augmentation(flip, tuple(float(f) for f in factors), float(rng.random()))  # type: ignore[arg-type]
+    return Augmentation(flip, tuple(float(f) for f in factors), clip_start)  # type: ignore[arg-type]
 
 
 def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | None = None) -> np.ndarray:
@@ -89,20 +104,23 @@ def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | 
         uint8 [3, H, W] with H = W = image_size; the aspect ratio is kept and the border padded.
 
     Raises:
-        BadSampleError: "corrupt image" or "too large".
+        BadSampleError: "corrupt image", "too large" or "too slow".
     """
+    deadline = _Deadline(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata; faults that matter raise
         try:
-            image: Image.Image = Image.open(BytesIO(blob))
+            image: Image.Image = Image.open(_TimedBytes(blob, deadline), formats=_IMAGE_FORMATS)
             _check_pixels(image.width, image.height, config)
             if image.format == "JPEG" and image.mode == "RGB":
                 # Lets the decoder shrink by 2, 4 or 8 as it decodes; still twice the size that is needed.
                 image.draft("RGB", (2 * config.image_size, 2 * config.image_size))
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             return _fit(image, config, augmentation)
         except BadSampleError:
             raise
+        except Image.DecompressionBombError as error:
+            raise BadSampleError("too large", f"{error}"[:300]) from error
         except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
             raise BadSampleError("corrupt image", f"{type(error).__name__}: {error}"[:300]) from error
 
@@ -117,7 +135,7 @@ def decode_video(
 
     Args:
         blob: encoded video.
-        extension: its extension; webp and gif are read by Pillow, all others by PyAV.
+        extension: its extension; the content decides: WebP and GIF are read by Pillow, all else by PyAV.
         frames: F.
         config: size, padding, frame rate and limits.
         augmentation: None takes the middle clip and flips nothing.
@@ -126,19 +144,22 @@ def decode_video(
         uint8 [F, 3, H, W].
 
     Raises:
-        BadSampleError: "corrupt video" or "too large".
+        BadSampleError: "corrupt video", "too large" or "too slow".
     """
+    deadline = _Deadline(config)
     start = 0.5 if augmentation is None else augmentation.clip_start
     try:
-        if extension in PIL_VIDEO_EXTENSIONS:
-            images = _pil_frames(blob, frames, start, config)
+        if _is_animation(blob, extension):
+            images = _pil_frames(blob, frames, start, config, deadline)
         else:
-            images = _av_frames(blob, frames, start, config)
+            images = _av_frames(blob, frames, start, config, deadline)
         # By identity, so that a repeated frame is resized once.
         fitted = {key: _fit(image, config, augmentation) for key, image in {id(i): i for i in images}.items()}
         return np.stack([fitted[id(image)] for image in images])
     except BadSampleError:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSampleError("too large", f"{error}"[:300]) from error
     except Exception as error:  # FFmpeg and Pillow raise many kinds
         raise BadSampleError("corrupt video", f"{type(error).__name__}: {error}"[:300]) from error
 
@@ -221,11 +242,14 @@ def _check_pixels(width: int, height: int, config: MediaConfig) -> None:
 def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | None) -> np.ndarray:
     """Scale to the square, pad, augment: uint8 [3, H, W]."""
     size = config.image_size
+    if image.mode in _SIXTEEN_BITS:
+        # Pillow's own conversion clips at 255, which makes almost every picture white.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, (255, 255, 255))
         image.paste(layer, mask=layer.getchannel("A"))
-    else:
+    elif image.mode != "RGB":
         image = image.convert("RGB")
     scale = size / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -242,9 +266,43 @@ def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | N
     return np.ascontiguousarray(np.asarray(square, np.uint8).transpose(2, 0, 1))
 
 
-def _pil_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> list[Image.Image]:
+class _Deadline:
+    """The time that one medium may take. Libraries cannot be stopped in a call, so it is looked at between calls."""
+
+    def __init__(self, config: MediaConfig) -> None:
+        self._seconds = config.max_seconds
+        self._end = time.monotonic() + config.max_seconds
+
+    def check(self) -> None:
+        """Raise when the time is up."""
+        if time.monotonic() > self._end:
+            raise BadSampleError("too slow", f"not decoded within {self._seconds} s")
+
+
+class _TimedBytes(BytesIO):
+    """Bytes that stop being read when the time is up: Pillow decodes as it reads."""
+
+    def __init__(self, blob: bytes, deadline: _Deadline) -> None:
+        super().__init__(blob)
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._deadline.check()
+        return super().read(size)
+
+
+def _is_animation(blob: bytes, extension: str) -> bool:
+    """Whether Pillow has to read it, by its first bytes; an empty one goes by its name."""
+    if not blob:
+        return extension in PIL_VIDEO_EXTENSIONS
+    return blob[:4] == b"GIF8" or (blob[:4] == b"RIFF" and blob[8:12] == b"WEBP")
+
+
+def _pil_frames(
+    blob: bytes, frames: int, start: float, config: MediaConfig, deadline: _Deadline
+) -> list[Image.Image]:
     """Take frames of an animated WebP or GIF; all frames are taken to last as long as the first."""
-    with Image.open(BytesIO(blob)) as image:
+    with Image.open(_TimedBytes(blob, deadline), formats=_ANIMATED_FORMATS) as image:
         _check_pixels(image.width, image.height, config)
         count = getattr(image, "n_frames", 1)
         image.load()  # WebP knows a frame's duration only once it is decoded
@@ -253,29 +311,40 @@ def _pil_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> 
         chosen: dict[int, Image.Image] = {}
         numbers = pick_frames(times, count * seconds, frames, config.video_fps, start)
         for number in sorted({int(n) for n in numbers}):
+            deadline.check()
             image.seek(number)
             chosen[number] = image.copy()
         return [chosen[int(n)] for n in numbers]
 
 
-def _av_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> list[Image.Image]:
+def _av_frames(
+    blob: bytes, frames: int, start: float, config: MediaConfig, deadline: _Deadline
+) -> list[Image.Image]:
     """Take frames of a video through FFmpeg: times come from the packets, only the clip is decoded."""
     with av.open(BytesIO(blob)) as container:
         stream = container.streams.video[0]
         _check_pixels(stream.width, stream.height, config)
         tick = float(stream.time_base)
-        packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None]
-    if not packets or len(packets) > _MAX_VIDEO_FRAMES:
-        raise BadSampleError("corrupt video", f"{len(packets)} frames")
+        packets: list[tuple[int, int]] = []
+        for packet in container.demux(stream):
+            deadline.check()
+            if packet.pts is not None:
+                packets.append((packet.pts, packet.duration or 0))
+            if len(packets) > _MAX_VIDEO_FRAMES:
+                raise BadSampleError("too large", f"more than {_MAX_VIDEO_FRAMES} frames")
+    if not packets:
+        raise BadSampleError("corrupt video", "no frames")
     packets.sort()
     stamps = np.array([pts for pts, _ in packets])
     step = packets[-1][1] or (int(stamps[-1] - stamps[0]) // max(1, len(stamps) - 1)) or 1
     duration = float(stamps[-1] - stamps[0] + step) * tick
     numbers = pick_frames((stamps - stamps[0]) * tick, duration, frames, config.video_fps, start)
     wanted = [int(stamps[n]) for n in numbers]
-    found = _decode_stamps(blob, set(wanted), seek=True)
+    found = _decode_stamps(blob, set(wanted), config, deadline, seek=True)
     if len(found) < len(set(wanted)):
-        found = _decode_stamps(blob, set(wanted), seek=False)  # some containers seek past the mark
+        found = _decode_stamps(
+            blob, set(wanted), config, deadline, seek=False
+        )  # some containers seek past the mark
     if not found:
         raise BadSampleError("corrupt video", "no frame could be decoded")
     known = np.array(sorted(found))
@@ -283,7 +352,9 @@ def _av_frames(blob: bytes, frames: int, start: float, config: MediaConfig) -> l
     return [found[int(stamp)] for stamp in nearest]
 
 
-def _decode_stamps(blob: bytes, wanted: set[int], *, seek: bool) -> dict[int, Image.Image]:
+def _decode_stamps(
+    blob: bytes, wanted: set[int], config: MediaConfig, deadline: _Deadline, *, seek: bool
+) -> dict[int, Image.Image]:
     """Decode the frames with given time stamps, from the key frame before the first when `seek` is set."""
     found: dict[int, Image.Image] = {}
     with av.open(BytesIO(blob)) as container:
@@ -292,6 +363,10 @@ def _decode_stamps(blob: bytes, wanted: set[int], *, seek: bool) -> dict[int, Im
         if seek and min(wanted) > 0:
             container.seek(min(wanted), stream=stream, backward=True)
         for frame in container.decode(stream):
+            deadline.check()
+            _check_pixels(
+                frame.width, frame.height, config
+            )  # a header may name another size than the frames have
             if frame.pts in wanted:
                 found[frame.pts] = frame.to_image()
             if len(found) == len(wanted) or (frame.pts is not None and frame.pts > max(wanted)):

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
-import fsspec
-
 from data_pipeline.errors import BadSampleError
 from data_pipeline.shards import Member, SampleRecord
+from data_pipeline.storage import Storage, StorageError
 
-_ATTEMPTS = 3
-_FIRST_PAUSE_S = 0.2
 _WHOLE_SAMPLE = 4 << 20
-_Value = TypeVar("_Value")
-
-
-def with_retries(read: Callable[[], _Value], url: str) -> _Value:
-    """Call `read`, again after short pauses when the storage stumbles.
-
-    Raises:
-        BadSampleError: fatal "missing shard" or "unreadable shard": losing samples to an outage of the
-            storage must stop the run, not thin out its data.
-    """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return read()
-        except FileNotFoundError as error:
-            detail = f"{url} vanished; restore it or correct urls"
-            raise BadSampleError("missing shard", detail, fatal=True) from error
-        except OSError as error:
-            if attempt == _ATTEMPTS:
-                detail = f"{url}, {attempt} attempts: {type(error).__name__}: {error}"[:300]
-                raise BadSampleError("unreadable shard", detail, fatal=True) from error
-            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 class SampleReader:
     """Members of one sample; a small one is fetched in one request, of a large one only what is asked."""
 
-    def __init__(self, url: str, record: SampleRecord, *, max_bytes: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        record: SampleRecord,
+        *,
+        max_bytes: int,
+        storage: Storage | None = None,
+        shard_bytes: int | None = None,
+    ) -> None:
         """Prepare; nothing is read yet.
 
         Args:
             url: URL of the shard.
             record: the sample's key and offsets.
             max_bytes: largest member that is read.
+            storage: how the shard is read.
+            shard_bytes: size of the whole shard by its index; a local cache needs it.
         """
         self.url, self.record = url, record
-        self._max_bytes = max_bytes
-        self._fs, self._path = fsspec.core.url_to_fs(url)
+        self._max_bytes, self._storage, self._shard_bytes = max_bytes, storage or Storage(), shard_bytes
         self._first = min(member.offset for member in record.members.values())
         self._end = max(member.offset + member.size for member in record.members.values())
         self._whole: bytes | None = None
@@ -60,20 +40,23 @@ class SampleReader:
         """Whether the sample has such a member."""
         return extension in self.record.members
 
-    def get(self, extension: str) -> bytes:
+    def get(self, extension: str, *, max_bytes: int | None = None) -> bytes:
         """Read one member.
+
+        Args:
+            extension: which.
+            max_bytes: a smaller limit than the reader's.
 
         Raises:
             BadSampleError: "missing member", "too large", "truncated shard"; fatal ones when the shard is
-                gone.
+                gone or its storage fails.
         """
         member = self.record.members.get(extension)
         if member is None:
             raise BadSampleError("missing member", f"no .{extension} among {sorted(self.record.members)}")
-        if member.size > self._max_bytes:
-            raise BadSampleError(
-                "too large", f".{extension} has {member.size} bytes, at most {self._max_bytes}"
-            )
+        most = min(self._max_bytes, max_bytes or self._max_bytes)
+        if member.size > most:
+            raise BadSampleError("too large", f".{extension} has {member.size} bytes, at most {most}")
         if self._end - self._first > _WHOLE_SAMPLE:
             return self._range(member)
         if self._whole is None:
@@ -85,12 +68,15 @@ class SampleReader:
 
     def _range(self, member: Member, *, allow_short: bool = False) -> bytes:
         """Read a range of the shard."""
-        stop = member.offset + member.size
-        if not member.size:
-            return b""
-        blob: bytes = with_retries(
-            lambda: self._fs.cat_file(self._path, start=member.offset, end=stop), self.url
-        )
+        try:
+            blob = self._storage.read(
+                self.url, member.offset, member.offset + member.size, size=self._shard_bytes
+            )
+        except FileNotFoundError as error:
+            detail = f"{self.url} vanished; restore it or correct urls"
+            raise BadSampleError("missing shard", detail, fatal=True) from error
+        except (StorageError, PermissionError) as error:
+            raise BadSampleError("unreadable shard", str(error)[:300], fatal=True) from error
         if len(blob) < member.size and not allow_short:
             raise self._cut("member", member, len(blob))
         return blob

@@ -24,6 +24,9 @@ from data_pipeline.order import make_rng
 from data_pipeline.reading import SampleReader
 from data_pipeline.tokenizer import Tokenizer
 
+_MAX_TEXT_BYTES = 8 << 20
+"""Bytes of a sample's text or document: far more than any window, less than what tokenizing would hang on."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedSample:
@@ -57,7 +60,7 @@ class SampleLoader:
         rng = make_rng(self._seed, config.name, "text", position)
         if config.kind == "interleaved":
             text = format_document(
-                parse_document(reader.get("json")),
+                parse_document(reader.get("json", max_bytes=_MAX_TEXT_BYTES)),
                 self._tokenizer,
                 seq_len=config.seq_len,
                 max_media=config.max_media,
@@ -75,8 +78,10 @@ class SampleLoader:
                 seq_len=config.seq_len,
                 leading_space=train and bool(rng.random() < config.leading_space_p),
             )
-        media_rng = make_rng(self._seed, config.name, "media", position)
-        draws = [draw_augmentation(config, media_rng) if train else None for _ in text.media]
+        draws: list[Augmentation | None] = [None] * len(text.media)
+        if train and (config.hflip_p or config.colour_jitter or config.kind == "video"):
+            media_rng = make_rng(self._seed, config.name, "media", position)
+            draws = [draw_augmentation(config, media_rng) for _ in text.media]
         media = tuple(self._decode(reader, name, draw) for name, draw in zip(text.media, draws, strict=True))
         return LoadedSample(key=reader.record.key, text=text, media=media)
 
@@ -119,12 +124,12 @@ def read_captions(reader: SampleReader) -> list[str]:
     captions: list[str] = []
     if reader.has("txt"):
         try:
-            captions.append(reader.get("txt").decode("utf-8"))
+            captions.append(reader.get("txt", max_bytes=_MAX_TEXT_BYTES).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadSampleError("bad text", f"not UTF-8: {error}") from error
     if reader.has("json"):
         try:
-            document = json.loads(reader.get("json"))
+            document = json.loads(reader.get("json", max_bytes=_MAX_TEXT_BYTES))
         except (ValueError, RecursionError) as error:
             raise BadSampleError("bad document", f"{type(error).__name__}: {error}"[:300]) from error
         # Other writers keep metadata in .json; only a list named captions concerns us.
@@ -134,7 +139,8 @@ def read_captions(reader: SampleReader) -> list[str]:
         raise BadSampleError(
             "missing member", f"neither .txt nor .json among {sorted(reader.record.members)}"
         )
-    kept = [caption for caption in captions if caption.strip()]
+    # NUL bytes are no text; tokenizers treat what follows them in ways of their own.
+    kept = [caption for caption in (c.replace("\0", "") for c in captions) if caption.strip()]
     if not kept:
         raise BadSampleError("empty caption", f"{len(captions)} captions, none with text")
     return kept

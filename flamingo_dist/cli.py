@@ -69,7 +69,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         ),
         "demo": (demo, "fetch real data, train on it and write a report"),
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
-        "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info"),
+        "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "recipes": (recipes, "list the recipes"),
     }

@@ -23,4 +23,5 @@ def to_train_batch(batch: Batch, device: torch.device) -> TrainBatch:
         media_index_BT=tensor(batch.media_index_BT),
         media=tensor(batch.media),
         media_mask_BM=tensor(batch.media_mask_BM),
+        segments_BT=None if batch.segments_BT is None else tensor(batch.segments_BT),
     ).to(device)

@@ -124,6 +124,7 @@ class RunConfig:
         topology.check_divisible(self.model.tensor_sizes())
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
+            dataset.local_batch_size(topology.data)
             self._check_media(name, dataset)
         for wanted in (self.captions.dataset, self.captions.support):
             if wanted and wanted not in self.data.held_out:
@@ -161,7 +162,10 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
-        weights = {name: dataset.weight for name, dataset in self.data.train.items()}
+        weights = {
+            name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
+            for name, dataset in self.data.train.items()
+        }
         return {"model": whole["model"], "train": train, "weights": weights, "parallel": whole["parallel"]}
 
     def fingerprint(self) -> str:

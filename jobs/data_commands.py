@@ -1,4 +1,4 @@
-"""The commands of `flamingo data`: build, inspect, info."""
+"""The commands of `flamingo data`: build, inspect, info, bench."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tyro
 
 
 def data(arguments: Sequence[str]) -> int:
-    """Work with corpora: `flamingo data build|inspect|info [options]`."""
+    """Work with corpora: `flamingo data build|inspect|info|bench [options]`."""
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "build": (_build, "make a corpus of web pages, archives, published records, pairs or clips"),
         "inspect": (_inspect, "show samples as a page: images, tokens, what each token sees, loss mask"),
         "info": (_info, "sum up a corpus: samples, sizes, histograms, broken samples"),
+        "bench": (_bench, "measure reading, seeking and resuming against other loaders on the same shards"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: flamingo data COMMAND [options]; flamingo data COMMAND --help says more\n")
@@ -48,4 +49,11 @@ def _info(arguments: list[str]) -> int:
     from jobs.look import InfoArguments, info
 
     info(tyro.cli(InfoArguments, args=arguments, prog="flamingo data info"))
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from jobs.bench_data.command import BenchConfig, bench
+
+    bench(tyro.cli(BenchConfig, args=arguments, prog="flamingo data bench"))
     return 0

@@ -129,7 +129,7 @@ def train_process(task: WorkerTask) -> TrainOutcome:
         engine,
         config.train,
         topology,
-        {name: dataset.weight for name, dataset in config.data.train.items()},
+        {name: dataset.weight_at for name, dataset in config.data.train.items()},
         plain_optimizer=is_plain(config.parallel, config.train.torch_dtype),
     )
     run_dir = Path(task.run_dir)

@@ -66,7 +66,7 @@ def gated_xattn(
     """Image-causal cross-attention times a gate; `kernels.gated_xattn.reference` has the contract.
 
     The Triton kernel asks for more: in each sample the rows of a medium are contiguous, and media come in ascending
-    order (rows with index 0 may be anywhere between them). That is checked on a CPU alone. `attend_all`
+    order (rows with index 0 may lie between two media, not inside one's rows). That is checked on a CPU alone. `attend_all`
     always runs on the reference.
 
     Returns:

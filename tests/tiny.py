@@ -80,7 +80,7 @@ def local(whole: TrainBatch, topology: Topology) -> TrainBatch:
     """This data-parallel rank's rows."""
     rows = whole.tokens_BT.shape[0] // topology.data
     part = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
-    return replace(whole, **{name: value[part] for name, value in vars(whole).items()})
+    return replace(whole, **{n: v[part] for n, v in vars(whole).items() if v is not None})
 
 
 def batches(step: int, topology: Topology) -> dict[str, TrainBatch]:

@@ -5,7 +5,7 @@ there, on the pinned Triton and on the older one that torch 2.11 brings, each in
 processes of their own run one after another, so that two cores are not fought over; tests of the SLURM job need SLURM's
 daemons and run on request, those on a GPU need one.
 
-Usage: ``python tools/run_tests.py light interpret dry dry-older distributed [slurm] [cuda] -- [pytest arguments]``
+Usage: ``python tools/run_tests.py light interpret dry dry-older distributed [slurm] [slow] [cuda] -- [pytest arguments]``
 """
 
 import contextlib
@@ -42,12 +42,13 @@ class Phase:
 _KERNELS = ["tests/kernels"]
 
 PHASES: dict[str, Phase] = {
-    "light": Phase(select=["-m", "not distributed and not slurm", "-n", "2"]),
+    "light": Phase(select=["-m", "not distributed and not slurm and not slow", "-n", "2"]),
     "interpret": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="interpret"),
     "dry": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry"),
     "dry-older": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON),
     "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
-    "distributed": Phase(select=["-m", "distributed and not slurm"]),
+    "distributed": Phase(select=["-m", "distributed and not slurm and not slow"]),
+    "slow": Phase(select=["-m", "slow"]),
     "slurm": Phase(select=["-m", "slurm"]),
 }
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
 from flamingo_dist.models.lm import LanguageModel
 from flamingo_dist.models.lm_config import LMConfig
-from flamingo_dist.models.megatron import KeyValueCache
+from flamingo_dist.models.megatron import KeyValueCache, segment_mask, segment_positions
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
@@ -162,6 +162,7 @@ class Flamingo(nn.Module):
         *,
         latents_BMRE: Tensor | None = None,
         targets_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> FlamingoOutput:
         """Run the network.
@@ -173,13 +174,16 @@ class Flamingo(nn.Module):
             media_mask_BM: which media are real, bool [B, M].
             latents_BMRE: the resampler's output of an earlier call, instead of `media`.
             targets_BT: the token that follows each position, int64 [B, T]; -100 where no loss is wanted.
+            segments_BT: which of several packed samples each token belongs to, integer [B, T]; tokens of different
+                samples do not attend to one another, and positions begin anew with each. None: one a row.
             cache: keys and values of earlier tokens; `tokens_BT` then holds the new tokens alone.
 
         Returns:
             Losses where targets are given, else logits; and the latents.
 
         Raises:
-            ValueError: neither or both of media and latents are given, or media without its mask.
+            ValueError: neither or both of media and latents are given, media without its mask, or segments with
+                a cache.
         """
         if (media is None) == (latents_BMRE is None):
             raise ValueError("give either media or latents_BMRE, not both and not neither.")
@@ -187,8 +191,16 @@ class Flamingo(nn.Module):
             if media is None or media_mask_BM is None:
                 raise ValueError("media needs media_mask_BM, which says which of its slots are real.")
             latents_BMRE = self._encode_media(media, media_mask_BM)
+        if segments_BT is not None and cache is not None:
+            raise ValueError(
+                "segments_BT with a cache: packed rows are for training; generate from one sample a row."
+            )
         offset = 0 if cache is None else cache.length
-        rotary = self.lm.rotary(tokens_BT.shape[1], offset=offset, device=tokens_BT.device)
+        mask_B1TT = None if segments_BT is None else segment_mask(segments_BT)
+        if segments_BT is None:
+            rotary = self.lm.rotary(tokens_BT.shape[1], offset=offset, device=tokens_BT.device)
+        else:
+            rotary = self.lm.rotary_at(segment_positions(segments_BT))
         x_TBD = self.lm.vocabulary(tokens_BT).transpose(0, 1).contiguous()
         blocks = self._gated_blocks()
         with self.lm.caching(cache):
@@ -206,11 +218,14 @@ class Flamingo(nn.Module):
                         media_index_BT,
                         rotary,
                         media_kv,
+                        mask_B1TT,
                         use_reentrant=False,
                         preserve_rng_state=False,
                     )
                 else:
-                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, rotary, media_kv)
+                    x_TBD = _run_block(
+                        gated, layer, x_TBD, latents_BMRE, media_index_BT, rotary, media_kv, mask_B1TT
+                    )
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
@@ -257,9 +272,10 @@ def _run_block(
     media_index_BT: Tensor,
     rotary: Tensor,
     media_kv: MediaKV | None,
+    mask_B1TT: Tensor | None,
 ) -> Tensor:
     """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
     if gated is not None:
         x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
-    x_TBD, _ = layer(x_TBD, attention_mask=None, rotary_pos_emb=rotary)
+    x_TBD, _ = layer(x_TBD, attention_mask=mask_B1TT, rotary_pos_emb=rotary)
     return x_TBD

@@ -14,6 +14,7 @@ from flamingo_dist.models.megatron import (
     CausalAttention,
     KeyValueCache,
     layer_spec,
+    rotary_angles,
     rotary_frequencies,
     transformer_config,
 )
@@ -46,6 +47,10 @@ class LanguageModel(nn.Module):
     def rotary(self, length: int, *, offset: int, device: torch.device) -> Tensor:
         """Return the rotary angles [length, 1, 1, K] of positions from `offset` on."""
         return rotary_frequencies(length, self.config, offset=offset, device=device)
+
+    def rotary_at(self, positions_BT: Tensor) -> Tensor:
+        """Return the rotary angles [T, B, 1, K] of positions int64 [B, T] that differ from row to row."""
+        return rotary_angles(positions_BT.T, self.config)[:, :, None]
 
     @contextmanager
     def caching(self, cache: KeyValueCache | None) -> Iterator[None]:

@@ -74,19 +74,28 @@ class CausalAttention(nn.Module):
         self.cache: KeyValueCache | None = None
         """Set for the time of one cached forward by `cached`."""
 
-    def forward(self, q_TBHK: Tensor, k_TBGK: Tensor, v_TBGK: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self,
+        q_TBHK: Tensor,
+        k_TBGK: Tensor,
+        v_TBGK: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
         """Attend causally.
 
         Args:
             q_TBHK: queries, [T, B, H, K].
             k_TBGK: keys, [T, B, G, K]; G divides H.
             v_TBGK: values, [T, B, G, K].
+            attention_mask: bool [B, 1, T, T] of packed rows, True may attend, causal already; None is causal.
 
         Returns:
             [T, B, H*K].
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBHK, k_TBGK, v_TBGK))
-        mask = None
+        mask = attention_mask
         if self.cache is not None:
             k, v = self.cache.extend(self.layer_number, k, v)
             total, new = k.shape[2], q.shape[2]
@@ -163,7 +172,45 @@ def rotary_frequencies(
     Returns:
         fp32 [length, 1, 1, K], half-split layout (angles repeated, as Hugging Face LLaMA has them).
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    inverse = 1.0 / (config.rope_base**exponents)
-    angles = torch.outer(torch.arange(offset, offset + length, device=device, dtype=torch.float32), inverse)
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return rotary_angles(torch.arange(offset, offset + length, device=device), config)[:, None, None, :]
+
+
+def rotary_angles(positions: Tensor, config: LMConfig) -> Tensor:
+    """Return the rotary angles of positions of any shape [N].
+
+    Returns:
+        fp32 [N, K], half-split layout.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse = 1.0 / (config.rope_base ** (exponents / config.head_dim))
+    angles = positions.float()[..., None] * inverse
+    return torch.cat([angles, angles], dim=-1)
+
+
+def segment_mask(segments_BT: Tensor) -> Tensor:
+    """Return who may attend to whom in packed rows: earlier tokens of the same segment, and oneself.
+
+    Args:
+        segments_BT: integer [B, T].
+
+    Returns:
+        bool [B, 1, T, T], rows are queries.
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
+def segment_positions(segments_BT: Tensor) -> Tensor:
+    """Return the position of each token in its own segment.
+
+    Args:
+        segments_BT: integer [B, T]; a segment is a run of equal numbers.
+
+    Returns:
+        int64 [B, T], from 0.
+    """
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts_BT = torch.where(begins_BT, places_T, 0).cummax(dim=1).values
+    return places_T - starts_BT

@@ -1,6 +1,7 @@
 """One data set's batch on one rank, as tensors."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class TrainBatch:
     """uint8 [B, M, F, 3, H, W] pixels or [B, M, F, S, C] encoder features."""
     media_mask_BM: Tensor
     """bool [B, M]: which media are real."""
+    segments_BT: Tensor | None = None
+    """int32 [B, T] of packed rows: which of the row's M samples, of one medium each, a token belongs to, from 1; 0
+    is padding. None where each row is one sample."""
 
     def targets(self) -> Tensor:
         """Return int64 [B, T]: the next token where it carries loss, -100 elsewhere."""
@@ -29,6 +33,10 @@ class TrainBatch:
         wanted = self.loss_mask_BT.roll(-1, dims=1)
         wanted[:, -1] = False
         return targets.masked_fill(~wanted, IGNORE)
+
+    def num_sequences(self) -> int:
+        """Return how many sequences there are, empty ones included."""
+        return self.media_mask_BM.shape[0] if self.segments_BT is None else self.media_mask_BM.numel()
 
     def num_loss_tokens(self) -> int:
         """Return how many tokens carry loss."""
@@ -41,5 +49,8 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> "TrainBatch":
         """Return the batch on `device`."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+        }
         return replace(self, **moved)

@@ -188,6 +188,7 @@ class TrainLoop:
             "time": time.time(),
             "loss": dict(result.loss),
             "tokens": dict(result.loss_tokens),
+            "weights": dict(result.weights),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "gates": {

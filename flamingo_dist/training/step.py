@@ -7,7 +7,7 @@ the step, so the boundary is set by hand.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class StepResult:
     """Whether any rank asked for a stop before this step."""
     bad_samples: int = 0
     """Bad samples in the batches of all data-parallel ranks."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Lambda of each data set at this step."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part: forward_backward, optimizer."""
 
@@ -60,7 +62,7 @@ class TrainStep:
         engine: Any,
         config: TrainConfig,
         topology: Topology,
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | Callable[[int], float]],
         *,
         plain_optimizer: bool,
     ) -> None:
@@ -70,7 +72,7 @@ class TrainStep:
             engine: the DeepSpeed engine around `Flamingo`.
             config: training settings.
             topology: the run's degrees.
-            weights: lambda by data set; its order is the order of the backward passes.
+            weights: lambda by data set, or a function that gives it by step; in the order of the backward passes.
             plain_optimizer: whether the norm, the clip and the check are ours (see `parallel.zero.is_plain`).
         """
         self.engine = engine
@@ -103,9 +105,10 @@ class TrainStep:
             names = [names[step % len(names)]]
         totals = self._global_counts([batches[name] for name in names], stop, bad_samples)
         lr = set_lr(self.engine.optimizer.param_groups, self.config.optimizer, step)
+        weights = {name: self.weight(name, step) for name in names}
         started = time.perf_counter()
         sums = [
-            self._backward(name, batches[name], totals, i, is_last=i == len(names) - 1)
+            self._backward(batches[name], weights[name], totals, i, is_last=i == len(names) - 1)
             for i, name in enumerate(names)
         ]
         summed = torch.stack(sums)
@@ -123,11 +126,17 @@ class TrainStep:
             applied=applied,
             stop_requested=totals.stop,
             bad_samples=totals.bad_samples,
+            weights=weights,
             seconds={
                 "forward_backward": backward_done - started,
                 "optimizer": time.perf_counter() - backward_done,
             },
         )
+
+    def weight(self, name: str, step: int) -> float:
+        """Return the lambda of a data set at a step."""
+        weight = self.weights[name]
+        return weight(step) if callable(weight) else weight
 
     def _global_counts(self, batches: Sequence[TrainBatch], stop: bool, bad_samples: int) -> "_Totals":
         """Sum token and bad-sample counts over the data-parallel ranks, and the wish to stop with them.
@@ -143,13 +152,13 @@ class TrainStep:
         return _Totals(
             loss_tokens=values[: len(batches)],
             tokens=sum(values[len(batches) : -2]),
-            sequences=[b.tokens_BT.shape[0] * self.topology.data for b in batches],
+            sequences=[b.num_sequences() * self.topology.data for b in batches],
             bad_samples=values[-2],
             stop=values[-1] > 0,
         )
 
     def _backward(
-        self, name: str, batch: TrainBatch, totals: "_Totals", index: int, *, is_last: bool
+        self, batch: TrainBatch, weight: float, totals: "_Totals", index: int, *, is_last: bool
     ) -> Tensor:
         """Run forward and backward of one data set and return its summed loss on this rank, fp32 0-dim."""
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -159,12 +168,13 @@ class TrainStep:
             batch.media,
             batch.media_mask_BM,
             targets_BT=batch.targets(),
+            segments_BT=batch.segments_BT,
         )
         summed = output.nll_BT.sum()
         by_mean = self.config.reduction == "mean"
         divisor = max(1, totals.loss_tokens[index] if by_mean else totals.sequences[index])
         # DeepSpeed averages gradients over the data-parallel ranks; the divisor already counts all of them.
-        loss = summed * (self.weights[name] * self.topology.data / divisor)
+        loss = summed * (weight * self.topology.data / divisor)
         # A non-finite loss can have finite gradients; make sure that it reaches the norm, which all ranks share.
         if not torch.isfinite(loss):
             loss = loss * math.nan

@@ -140,10 +140,12 @@ def check(q_BTHK: Tensor, k_IRHK: Tensor, v_IRHK: Tensor, spans_I2: Tensor, gate
 def _check_ascending(media_index_BT: Tensor) -> None:
     """Raise `ValueError` unless media come in ascending order in each sample of [B, T], on a CPU."""
     for sample, index_T in enumerate(media_index_BT):
-        seeing = index_T[index_T > 0]
-        if bool((seeing[1:] < seeing[:-1]).any()):
+        # One entry for each run of equal indices: in order and none twice, so that no row lies inside another's span.
+        runs = torch.unique_consecutive(index_T)
+        seeing = runs[runs > 0]
+        if bool((seeing[1:] <= seeing[:-1]).any()):
             raise ValueError(
-                f"sample {sample} of media_index_BT goes back to an earlier medium: {index_T.tolist()}. The Triton "
+                f"sample {sample} of media_index_BT leaves a medium and comes back: {index_T.tolist()}. The Triton "
                 "kernel needs the rows of each medium together and media in order; use implementation='reference'."
             )
 

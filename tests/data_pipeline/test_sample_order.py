@@ -12,7 +12,7 @@ from data_pipeline.order import Place, SampleOrder, make_rng
 shard_counts = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shard_counts, st.integers(0, 2**31), st.integers(1, 5), st.booleans())
 def test_every_sample_once_an_epoch(counts: list[int], seed: int, window: int, shuffle: bool) -> None:
     order = SampleOrder(np.array(counts), seed=seed, name="d", shuffle=shuffle, shuffle_shards=window)
@@ -26,7 +26,7 @@ def test_every_sample_once_an_epoch(counts: list[int], seed: int, window: int, s
             assert [(p.shard, p.sample) for p in places] == everything
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shard_counts, st.integers(0, 2**31), st.randoms())
 def test_asking_in_any_order_gives_the_same(counts: list[int], seed: int, random: object) -> None:
     n = 3 * sum(counts)
@@ -73,7 +73,7 @@ def test_large_corpora_cost_arithmetic_only() -> None:
     assert len({order.locate(p) for p in (0, 1, 10**9, 10**9 + 1, 2 * 10**9)}) == 5
 
 
-GOLDEN = [(0, 2), (2, 1), (2, 4), (2, 2), (0, 1), (2, 0), (2, 3), (0, 0), (1, 1), (1, 2), (1, 3), (1, 0)]
+GOLDEN = [(1, 0), (2, 2), (0, 0), (2, 3), (0, 2), (2, 1), (2, 4), (0, 1), (1, 2), (1, 3), (2, 0), (1, 1)]
 
 
 def test_the_draws_are_pinned() -> None:

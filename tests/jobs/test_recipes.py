@@ -12,7 +12,8 @@ import torch
 from data_pipeline.config import DatasetConfig
 from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import single_process
-from jobs.config import RunConfig
+from jobs.commands import parse_run
+from jobs.config import ResourceConfig, RunConfig
 from jobs.recipes import RECIPES
 from jobs.recipes.smoke import smoke
 from jobs.run_file import load_run_config
@@ -149,3 +150,25 @@ def test_every_setting_is_documented():
 
     visit(smoke())
     assert len(seen) > 10
+
+
+def test_schedules_and_packing_are_settings_of_a_recipe(tmp_path):
+    options = ["--data.train.pairs.weight-schedule.points", "0", "1.0", "100", "0.1"]
+    options += [
+        "--data.train.pairs.pack",
+        "4",
+        "--data.train.pairs.row-len",
+        "64",
+        "--resources.workers",
+        "2",
+    ]
+    given = parse_run(RECIPES["smoke"], options, "test").run
+    assert given.data.train["pairs"].weight_at(50) == pytest.approx(0.55)
+    assert given.data.train["documents"].weight_at(50) == 1.0
+    (tmp_path / "config.json").write_text(json.dumps(given.to_json()))
+    assert load_run_config(tmp_path) == given
+    # A resumed run must go on with the same schedule.
+    assert given.identity()["weights"] == {"documents": 1.0, "pairs": [[0, 1.0], [100, 0.1]], "videos": 0.03}
+    pairs = dataclasses.replace(given.data.train["pairs"], batch_size=4)
+    with pytest.raises(ValueError, match="in rows of 4"):
+        replace(given, data=replace(given.data, train={"pairs": pairs}), resources=ResourceConfig(workers=4))

@@ -1,0 +1,308 @@
+"""The loaders that are compared. Each decodes and resizes with the same function, so that loading alone differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.config import DatasetConfig
+from data_pipeline.feed import LocalFeed
+from data_pipeline.media import MediaConfig, decode_image
+from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
+from jobs.bench_data.measure import LoaderTask, Reading
+
+SEQ_LEN = 64
+_SHUFFLE_BUFFER = 1000
+
+
+class Decode:
+    """Bytes to pixels and tokens; picklable, for the loaders' worker processes."""
+
+    def __init__(self, image_size: int) -> None:
+        """Decode to squares of `image_size` pixels."""
+        self.media = MediaConfig(image_size=image_size, hflip_p=0.0)
+        self.tokenizer: Tokenizer | None = None
+
+    def __call__(self, jpg: bytes, txt: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return pixels uint8 [3, H, W] and tokens int64 [T]."""
+        if self.tokenizer is None:
+            self.tokenizer = TokenizerConfig().load()
+        tokens_T = np.full(SEQ_LEN, self.tokenizer.pad_id, np.int64)
+        ids = self.tokenizer.encode(txt.decode())[:SEQ_LEN]
+        tokens_T[: len(ids)] = ids
+        return decode_image(jpg, self.media), tokens_T
+
+    def sample(self, sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Decode a sample by its extensions: pixels uint8 [3, H, W], tokens int64 [T]."""
+        return self(sample["jpg"], sample["txt"])
+
+    def row(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Decode a row of a table: pixels uint8 [3, H, W], tokens int64 [T]."""
+        pixels_3HW, tokens_T = self.sample(row)
+        return {"pixels": pixels_3HW, "tokens": tokens_T}
+
+
+def _as_list(batch: list[Any]) -> list[Any]:
+    """Put samples together as arrays, as every trainer must."""
+    return [np.stack([pixels for pixels, _ in batch]), np.stack([tokens for _, tokens in batch])]
+
+
+def _tars(task: LoaderTask) -> list[str]:
+    return sorted(str(path) for path in Path(task.shards).glob("*.tar"))
+
+
+def _dataset(task: LoaderTask) -> DatasetConfig:
+    return DatasetConfig(
+        name="bench",
+        kind="pair",
+        urls=(task.shards,),
+        batch_size=task.batch_size,
+        seq_len=SEQ_LEN,
+        image_size=task.image_size,
+        hflip_p=0.0,
+    )
+
+
+class Ours(Reading):
+    """Our reader in the measured process."""
+
+    package, resume_kind = "flamingo-dist", "exact"
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        feed = LocalFeed([_dataset(self.task)], TokenizerConfig(), seed=0)
+        for step in range(skip // self.task.batch_size, self.task.samples // self.task.batch_size):
+            yield len(feed.next(step)["bench"].keys)
+
+
+class OursOnRay(Reading):
+    """Our readers as Ray actors, the batches fetched from the object store."""
+
+    package, resume_kind = "ray", "exact"
+
+    def __init__(self, task: LoaderTask) -> None:
+        """Start Ray, which a run has running anyhow."""
+        super().__init__(task)
+        start_ray(task)
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        from data_pipeline.actors import RayPipeline, ReaderConfig
+
+        readers = ReaderConfig(readers=self.task.workers, cpus_per_reader=1, prefetch=4)
+        pipeline = RayPipeline([_dataset(self.task)], TokenizerConfig(), seed=0, dp_size=1, config=readers)
+        feed = pipeline.feed(0)
+        for step in range(skip // self.task.batch_size, self.task.samples // self.task.batch_size):
+            yield len(feed.next(step)["bench"].keys)
+        pipeline.shutdown()
+
+
+def start_ray(task: LoaderTask) -> None:
+    """Start Ray with one logical CPU a worker, if it does not run yet."""
+    import logging
+    import tempfile
+
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            num_cpus=max(1, task.workers),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=tempfile.mkdtemp(prefix="fb", dir="/tmp"),
+        )
+
+
+class WebDataset(Reading):
+    """webdataset with torch's DataLoader."""
+
+    package = "webdataset"
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        import torch
+        import webdataset
+
+        decode = Decode(self.task.image_size)
+        tars = _tars(self.task)
+        dataset = (
+            webdataset.WebDataset(tars, shardshuffle=len(tars), nodesplitter=None)
+            .shuffle(_SHUFFLE_BUFFER)
+            .map(decode.sample)
+            .batched(self.task.batch_size, collation_fn=_as_list, partial=True)
+        )
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=self.task.workers)
+        seen = 0
+        for batch in loader:
+            seen += len(batch[0])
+            if seen > skip:
+                yield len(batch[0])
+
+
+class Mosaic(Reading):
+    """mosaicml-streaming on MDS shards of the same bytes, with torch's DataLoader."""
+
+    package, resume_kind = "mosaicml-streaming", "state"
+
+    def __init__(self, task: LoaderTask) -> None:
+        """Convert the shards once; not timed."""
+        super().__init__(task)
+        from streaming import MDSWriter
+
+        from data_pipeline.index import open_index
+        from data_pipeline.reading import SampleReader
+
+        self.folder = Path(task.scratch) / "mds"
+        if (self.folder / "index.json").exists():
+            return
+        index = open_index([task.shards])
+        with MDSWriter(out=str(self.folder), columns={"jpg": "bytes", "txt": "bytes"}) as writer:
+            for number, entry in enumerate(index.entries):
+                for record in index.records(number):
+                    reader = SampleReader(entry.url, record, max_bytes=1 << 30)
+                    writer.write({"jpg": reader.get("jpg"), "txt": reader.get("txt")})
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        from streaming import StreamingDataLoader, StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
+
+        clean_stale_shared_memory()
+        decode = Decode(self.task.image_size)
+
+        class Decoded(StreamingDataset):
+            def __getitem__(self, at: Any) -> Any:
+                return decode.sample(super().__getitem__(at))
+
+        dataset = Decoded(
+            local=str(self.folder), shuffle=True, batch_size=self.task.batch_size, num_canonical_nodes=1
+        )
+        loader = StreamingDataLoader(
+            dataset, batch_size=self.task.batch_size, num_workers=self.task.workers, collate_fn=_as_list
+        )
+        if skip:
+            state = {
+                "epoch": 0,
+                "sample_in_epoch": skip,
+                "num_canonical_nodes": 1,
+                "shuffle_seed": 9176,
+                "initial_physical_nodes": 1,
+            }
+            loader.load_state_dict(state)
+        for batch in loader:
+            yield len(batch[0])
+
+
+class Energon(Reading):
+    """Megatron-Energon on the same tars, prepared by its own tool.
+
+    Its loader can save and restore a state. That state comes from a loader that was read up to there, so for a
+    position that nobody read up to, as here, it reads through.
+    """
+
+    package = "megatron-energon"
+
+    def __init__(self, task: LoaderTask) -> None:
+        """Link the tars into a folder and have Energon index them; not timed."""
+        super().__init__(task)
+        from megatron.energon.epathlib import EPath
+        from megatron.energon.flavors import BaseWebdatasetFactory
+
+        self.folder = Path(task.scratch) / "energon"
+        if not (self.folder / ".nv-meta" / "dataset.yaml").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for tar in _tars(task):
+                (self.folder / Path(tar).name).symlink_to(Path(tar).resolve())
+            BaseWebdatasetFactory.prepare_dataset(
+                EPath(self.folder),
+                [Path(tar).name for tar in _tars(task)],
+                split_parts_ratio=[("train", 1.0)],
+                workers=1,
+            )
+            (self.folder / ".nv-meta" / "dataset.yaml").write_text(
+                "sample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample\n"
+                "field_map:\n  image: jpg\n  caption: txt\ndecoder: null\n"
+            )
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        from megatron import energon
+
+        decode = Decode(self.task.image_size)
+        size = self.task.batch_size
+
+        class Encoder(energon.DefaultTaskEncoder):
+            @energon.stateless
+            def encode_sample(self, sample: Any) -> Any:
+                text = sample.caption
+                return decode(sample.image, text.encode() if isinstance(text, str) else text)
+
+            def batch(self, samples: list[Any]) -> Any:
+                return _as_list(samples)
+
+        worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=self.task.workers)
+        dataset = energon.get_train_dataset(
+            str(self.folder),
+            worker_config=worker,
+            batch_size=size,
+            shuffle_buffer_size=_SHUFFLE_BUFFER,
+            max_samples_per_sequence=None,
+            task_encoder=Encoder(),
+        )
+        loader = energon.get_savable_loader(dataset)
+        seen = 0
+        for batch in loader:  # endless
+            seen += len(batch[0])
+            if seen > skip:
+                yield len(batch[0])
+            if seen >= self.task.samples // size * size:
+                return
+
+
+class RayData(Reading):
+    """Ray Data's own WebDataset reader."""
+
+    package = "ray"
+
+    def __init__(self, task: LoaderTask) -> None:
+        """Start Ray, which a job has running anyhow."""
+        super().__init__(task)
+        start_ray(task)
+
+    def start(self, skip: int) -> Iterator[int]:
+        """See `Reading.start`."""
+        import ray
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        decode = Decode(self.task.image_size)
+        rows = ray.data.read_webdataset(_tars(self.task), decoder=None).map(decode.row)
+        seen = 0
+        for batch in rows.iter_batches(
+            batch_size=self.task.batch_size, local_shuffle_buffer_size=_SHUFFLE_BUFFER, batch_format="numpy"
+        ):
+            seen += len(batch["tokens"])
+            if seen > skip:
+                yield len(batch["tokens"])
+
+
+LOADERS: dict[str, Callable[[LoaderTask], Reading]] = {
+    "ours": Ours,
+    "ours_on_ray": OursOnRay,
+    "webdataset": WebDataset,
+    "mosaicml_streaming": Mosaic,
+    "megatron_energon": Energon,
+    "ray_data": RayData,
+}
+NEEDS = {
+    "webdataset": "webdataset",
+    "mosaicml_streaming": "streaming",
+    "megatron_energon": "megatron.energon",
+    "ray_data": "ray.data",
+}
+"""Module that must be there, by loader."""
+ON_RAY = ("ours_on_ray", "ray_data")
+"""Loaders that have no mode without worker processes."""

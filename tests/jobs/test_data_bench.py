@@ -1,0 +1,93 @@
+"""`flamingo data bench`, small: what it measures, tells and writes."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from flamingo_dist.cli import main
+from jobs.bench_data.command import BenchConfig, render
+from jobs.bench_data.corpus import write_corpus
+from jobs.bench_data.loaders import LOADERS
+from jobs.bench_data.measure import LoaderResult, LoaderTask, measure
+from jobs.bench_data.seeks import measure_seek
+
+
+def task(folder: Path, loader: str, samples: int) -> LoaderTask:
+    return LoaderTask(
+        loader=loader,
+        shards=str(write_corpus(folder, samples)),
+        samples=samples,
+        batch_size=4,
+        image_size=32,
+        workers=0,
+        scratch=str(folder / "scratch"),
+    )
+
+
+def test_loaders_read_a_whole_epoch(tmp_path: Path) -> None:
+    for loader in ("ours", "webdataset"):
+        wanted = task(tmp_path, loader, 40)
+        result = measure(wanted, LOADERS[loader])
+        assert result.error == ""
+        assert result.samples == 40
+        assert result.per_core > 0
+        assert 0 < result.first_batch_s <= result.seconds
+        assert result.resume == ("exact" if loader == "ours" else "reads through")
+        # What is left after 90% of the epoch.
+        assert sum(LOADERS[loader](wanted).start(36)) == 4
+
+
+def test_a_loader_that_fails_is_told_not_raised(tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self, task: LoaderTask) -> None:
+            raise ImportError("no such thing")
+
+    result = measure(task(tmp_path, "ours", 40), Broken)  # type: ignore[arg-type]
+    assert result.error == "ImportError: no such thing"
+    assert "no such thing" in render(BenchConfig(), [result], [])
+
+
+def test_the_command_writes_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--samples",
+        "80",
+        "--batch-size",
+        "8",
+        "--image-size",
+        "32",
+        "--repeats",
+        "1",
+        "--workers",
+        "0",
+    ]
+    options += ["--loaders", "ours", "--seek-shards", "10", "1000", "--out", str(tmp_path)]
+    assert main(["data", "bench", *options]) == 0
+    assert "wrote" in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "loaders.csv").open())
+    assert (row["loader"], row["samples"], row["error"]) == ("ours", "80", "")
+    assert LoaderResult.__dataclass_fields__.keys() < row.keys()
+    seeks = list(csv.DictReader((tmp_path / "seeks.csv").open()))
+    assert [seek["shards"] for seek in seeks] == ["10", "10", "1000", "1000", "1000", "1000", "1000"]
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("`flamingo data bench --samples 80")
+    assert "| ours |" in table
+    assert (tmp_path / "rates.png").stat().st_size > 1000
+
+
+def test_seeks_read_as_little_anywhere() -> None:
+    results = [measure_seek(shards, 100, share) for shards in (100, 10_000) for share in (0.0, 0.9)]
+    assert {result.samples for result in results} == {10_000, 1_000_000}
+    assert all(result.reads <= 48 for result in results)
+    assert max(r.state_bytes for r in results) - min(r.state_bytes for r in results) < 32
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="unknown; choose from"):
+        BenchConfig(loaders=("other",))
+    with pytest.raises(ValueError, match="ten batches"):
+        BenchConfig(samples=10)
+    assert main(["data"]) == 2
+    assert main(["data", "--help"]) == 0
+    assert main(["data", "nothing"]) == 2
+    assert "unknown command" in capsys.readouterr().err
