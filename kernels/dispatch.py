@@ -66,8 +66,8 @@ def gated_xattn(
     """Image-causal cross-attention times a gate; `kernels.gated_xattn.reference` has the contract.
 
     The Triton kernel asks for more: in each sample the rows of a medium are contiguous, and media come in ascending
-    order (rows with index 0 may lie between two media, not inside one's rows). That is checked on a CPU alone. `attend_all`
-    always runs on the reference.
+    order (rows with index 0 may lie between two media, not inside one's rows). That is checked on a CPU alone.
+    `attend_all` always runs on the reference.
 
     Returns:
         [B, T, H, K] in the queries' dtype.

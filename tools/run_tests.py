@@ -5,7 +5,8 @@ there, on the pinned Triton and on the older one that torch 2.11 brings, each in
 processes of their own run one after another, so that two cores are not fought over; tests of the SLURM job need SLURM's
 daemons and run on request, those on a GPU need one.
 
-Usage: ``python tools/run_tests.py light interpret dry dry-older distributed [slurm] [slow] [cuda] -- [pytest arguments]``
+Usage: ``python tools/run_tests.py PHASE ... -- [pytest arguments]``, each PHASE one of light, interpret, dry,
+dry-older, distributed (what `make test` runs), slurm, slow, cuda.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ PHASES: dict[str, Phase] = {
     "dry-older": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON),
     "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
     "distributed": Phase(select=["-m", "distributed and not slurm and not slow"]),
-    "slow": Phase(select=["-m", "slow"]),
+    "slow": Phase(select=["-m", "slow and not slurm", "-s"]),
     "slurm": Phase(select=["-m", "slurm"]),
 }
 

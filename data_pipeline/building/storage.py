@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.building.documents import refuse
 from data_pipeline.errors import BadSampleError
-from data_pipeline.reading import with_retries
+from data_pipeline.storage import Storage, StorageError
 
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+\-]+((?:;[a-z0-9=\-]+)*?)(;base64)?,", re.I)
 _MAX_PATH = 1024
@@ -46,6 +46,7 @@ class Folder:
 
     def __init__(self, url: str) -> None:
         """Open the folder; nothing is read."""
+        self._storage = Storage()
         self.fs, path = fsspec.core.url_to_fs(url)
         self.path = str(path).rstrip("/")
         self._real = os.path.realpath(self.path) if isinstance(self.fs, LocalFileSystem) else ""
@@ -75,7 +76,8 @@ class Folder:
         """Read a file of the folder.
 
         Raises:
-            BadSampleError: for a path that leads out, "not in the sources", or a file that is too large.
+            BadSampleError: for a path that leads out, "not in the sources", or a file that is too large; fatal
+                ones when the storage fails: an outage must stop a build, not thin out its corpus.
         """
         path = self.inside(relative)
         try:
@@ -86,7 +88,12 @@ class Folder:
             raise BadSampleError("not in the sources", f"{relative} is no file")
         if int(info["size"]) > max_bytes:
             raise BadSampleError(f"over {max_bytes} bytes", f"{relative}: {info['size']}")
-        blob: bytes = with_retries(lambda: self.fs.cat_file(path), path)
+        try:
+            blob: bytes = self._storage.tried(lambda: self.fs.cat_file(path), path)
+        except FileNotFoundError as error:
+            raise BadSampleError("vanished", f"{path} was there a moment ago", fatal=True) from error
+        except StorageError as error:
+            raise BadSampleError("unreadable", str(error), fatal=True) from error
         return blob
 
     def exists(self, relative: str) -> bool:
