@@ -1,7 +1,7 @@
 # Everything a developer does here, by name. `make` alone lists the names.
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (default: the first fitting one on PATH)
-# ARGS="..."          passed on: to `flamingo demo` (make demo), pytest (make test, make test-slurm),
+# ARGS="..."          passed on: to `flamingo demo` (make demo), pytest (make test, make test-integration),
 #                     `flamingo bench kernels` (make bench), tools/gpu_check.py (make gpu-check)
 
 SHELL := /bin/bash
@@ -34,9 +34,9 @@ demo: $(STAMP)  ## train and evaluate a tiny Flamingo on this machine, nothing n
 test: $(STAMP)  ## run the tests: light ones, kernels (interpreted, compiled), those that start processes
 	@$(BIN)/python tools/run_tests.py light interpret dry dry-older distributed -- $(ARGS)
 
-.PHONY: test-slurm
-test-slurm: $(STAMP)  ## run the SLURM integration (Debian: slurmctld slurmd slurm-client munge; as root)
-	@$(BIN)/python tools/run_tests.py slurm -- $(ARGS)
+.PHONY: test-integration
+test-integration: $(STAMP)  ## two-node SLURM and Ray (Debian: slurmctld slurmd slurm-client munge; as root)
+	@$(BIN)/python tools/run_tests.py integration -- $(ARGS)
 
 .PHONY: bench
 bench: $(STAMP)  ## time the kernels against baselines on a GPU, or print the roofline (ARGS="...")

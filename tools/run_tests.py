@@ -2,11 +2,11 @@
 
 Light tests run in parallel; kernel tests run once under Triton's interpreter and once compiled for a GPU that is not
 there, on the pinned Triton and on the older one that torch 2.11 brings, each in processes of its own; tests that start
-processes of their own run one after another, so that two cores are not fought over; tests of the SLURM job need SLURM's
-daemons and run on request, those on a GPU need one.
+processes of their own run one after another, so that two cores are not fought over; integration tests
+(SLURM's daemons, Ray clusters of several nodes) run on request, those on a GPU need one.
 
 Usage: ``python tools/run_tests.py PHASE ... -- [pytest arguments]``, each PHASE one of light, interpret, dry,
-dry-older, distributed (what `make test` runs), slurm, slow, cuda.
+dry-older, distributed (what `make test` runs), integration, slow, cuda.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ class Phase:
 _KERNELS = ["tests/kernels"]
 
 PHASES: dict[str, Phase] = {
-    "light": Phase(select=["-m", "not distributed and not slurm and not slow", "-n", "2"]),
+    "light": Phase(select=["-m", "not distributed and not integration and not slow", "-n", "2"]),
     "interpret": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="interpret"),
     "dry": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry"),
     "dry-older": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON),
     "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
-    "distributed": Phase(select=["-m", "distributed and not slurm and not slow"]),
-    "slow": Phase(select=["-m", "slow and not slurm", "-s"]),
-    "slurm": Phase(select=["-m", "slurm"]),
+    "distributed": Phase(select=["-m", "distributed and not integration and not slow"]),
+    "slow": Phase(select=["-m", "slow", "-s"]),
+    "integration": Phase(select=["-m", "integration"]),
 }
 
 NO_TESTS_COLLECTED = 5

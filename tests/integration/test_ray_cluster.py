@@ -17,7 +17,7 @@ import pytest
 from tests.integration.ray_nodes import below, wait_for_trainers
 from tests.integration.slurm_cluster import lasting_port
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ import pytest
 from tests.integration.ray_nodes import below, raylets, wait_for_trainers
 from tests.integration.slurm_cluster import JobResult, SlurmCluster, interrupt, lasting_port
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "jobs/slurm/train.sbatch"

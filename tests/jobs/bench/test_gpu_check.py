@@ -14,7 +14,7 @@ sys.modules["gpu_check"] = gpu_check
 spec.loader.exec_module(gpu_check)
 
 
-@pytest.mark.distributed
+@pytest.mark.integration
 def test_dry_run_goes_through_all_stages(tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (it exists for Linux alone)")
