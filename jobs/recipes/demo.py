@@ -77,12 +77,12 @@ def demo() -> RunConfig:
             cross_every=10,
         ),
         train=TrainConfig(
-            steps=420,
+            steps=280,
             dtype="bf16",
             # The paper's rate and warm-up are for 500k steps. In a few hundred steps the gates must open at once,
             # and what stands behind them must change slowly enough to be worth opening for (docs/decisions.md).
             optimizer=OptimizerConfig(lr=4e-4, warmup_steps=20, gate_lr_scale=50.0),
-            checkpoint_every=210,
+            checkpoint_every=140,
             keep_checkpoints=2,
             probe_every=140,
             probe_batches=2,
