@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ class PlanArguments:
     """Activation checkpointing, in place of the recipe's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage, in place of the recipe's."""
-    assume: Assumptions = Assumptions()
+    assume: Assumptions = field(default_factory=Assumptions)
     """Efficiencies that seconds are computed from."""
     picture: Path | None = None
     """Write stacked bars of memory and time to this file, such as plan.svg."""

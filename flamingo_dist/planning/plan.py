@@ -189,23 +189,24 @@ def suggestions(work: Workload, machine: Machine) -> list[str]:
         best = make_plan(replace(work, parallel=parallel), machine).layouts
         if best:
             found.append(f"parallel.zero_stage=3 with parallel.frozen={best[0].residency!r}")
-    for power in range(1, 13):
-        gpus = machine.gpus * 2**power
+    more = (machine.gpus * 2**power for power in range(1, 11))
+    for gpus in more:
         if make_plan(work, replace(machine, gpus=gpus)).layouts:
             found.append(f"{gpus} GPUs")
             break
-    for power in range(1, 13):
-        smaller = scale_batches(work, 0.5**power)
-        if smaller is None:
-            break
-        if make_plan(smaller, machine).layouts:
-            found.append(f"batches of 1/{2**power} the size (--batch-scale {0.5**power:g})")
-            break
-    if not make_plan(work, machine).too_large:
-        for power in range(1, 13):
-            grown = scale_batches(work, 2.0**power)
-            if grown is not None and make_plan(grown, machine).layouts:
-                found.append(f"batches of {2**power} times the size (--batch-scale {2**power})")
+    return found + _batch_suggestions(work, machine)
+
+
+def _batch_suggestions(work: Workload, machine: Machine) -> list[str]:
+    """Return the nearest smaller and the nearest larger batches that make a layout fit."""
+    found = []
+    for base, words in ((0.5, "smaller"), (2.0, "larger")):
+        for power in range(1, 11):
+            scaled = scale_batches(work, base**power)
+            if scaled is None:
+                break
+            if make_plan(scaled, machine).layouts:
+                found.append(f"batches {2**power} times {words} (--batch-scale {base**power:g})")
                 break
     return found
 
