@@ -43,6 +43,8 @@ class PlanArguments:
     """Efficiencies that seconds are computed from."""
     picture: Path | None = None
     """Write stacked bars of memory and time to this file, such as plan.svg."""
+    markdown: bool = False
+    """Print the layouts as a Markdown table."""
     json: bool = False
     """Print the plan as JSON."""
 
@@ -82,6 +84,8 @@ def plan(arguments: Sequence[str]) -> int:
     advice = [] if result.layouts else suggestions(work, machine)
     if given.json:
         print(json.dumps(result.to_json() | {"would_fit": advice}, indent=1))
+    elif given.markdown:
+        print("\n".join(markdown(result, advice)))
     else:
         show(result, machine, advice, title=f"{name} on {given.gpus} {given.gpu}")
     if given.picture is not None and (result.layouts or result.too_large):
@@ -128,6 +132,19 @@ def show(result: Plan, machine: Machine, advice: list[str], *, title: str) -> No
         )
     for reason in result.refused:
         console.print(f"Left out: {reason}", highlight=False)
+
+
+def markdown(result: Plan, advice: list[str]) -> list[str]:
+    """Return the lines of a Markdown table of the layouts that fit, or else of the too large ones."""
+    lines = ["| TP | DP | frozen weights | GiB a GPU | s a step | tokens/s | useful MFU | HFU |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for x in result.layouts or result.too_large:
+        size = f"{x.memory_gib:.1f}" + ("" if x.fits else " (too large)")
+        line = f"| {x.tp} | {x.dp} | {x.residency} | {size} | {x.step_seconds:.2f} "
+        lines.append(f"{line}| {x.tokens_per_second:,.0f} | {x.useful_mfu:.1%} | {x.hfu:.1%} |")
+    if not result.layouts:
+        lines += ["", f"No layout fits; what would: {'; or '.join(advice) or 'no single change tried'}."]
+    return lines
 
 
 def _layout_table(layouts: list[Layout], title: str) -> Table:

@@ -23,6 +23,11 @@ class PartFlops:
     """Whether a backward runs through the part at all."""
     recomputed: bool = False
     """Whether checkpointing runs the forward again."""
+    skipped: float = 0.0
+    """Forward operations that the recomputation leaves out: it stops once the last tensor that a backward needs
+    is there, and the last product of a frozen block keeps nothing. (megatron-core's own layer, at TP > 1, runs it.)"""
+    no_input_gradient: float = 0.0
+    """Forward operations of layers whose input wants no gradient."""
 
     @property
     def forward(self) -> float:
@@ -32,7 +37,8 @@ class PartFlops:
     @property
     def backward_linear(self) -> float:
         """Backward of linear layers: input gradients, and weight gradients where weights are trained."""
-        return self.linear * (self.trainable + 1) if self.differentiated else 0.0
+        both = self.linear * (self.trainable + 1) - self.no_input_gradient
+        return both if self.differentiated else 0.0
 
     @property
     def backward_attention(self) -> float:
@@ -47,7 +53,7 @@ class PartFlops:
     @property
     def recompute(self) -> float:
         """Operations of the second forward."""
-        return self.forward if self.recomputed else 0.0
+        return self.forward - self.skipped if self.recomputed else 0.0
 
 
 def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: bool) -> dict[str, PartFlops]:
@@ -62,7 +68,7 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
         checkpointing: whether the LM's blocks and the gated blocks are recomputed.
     """
     tokens, media = data.rows * data.tokens, data.rows * data.media
-    lm, again = model.lm, {"recomputed": checkpointing}
+    lm = model.lm
     return {
         "vision": PartFlops(
             linear=media * data.frames * vision_frame(model) if data.pixels else 0.0,
@@ -70,12 +76,13 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
             differentiated=False,
         ),
         "resampler": resampler(model, media, data.frames),
-        "gated": gated(model, tokens, media, data.media, **again),
+        "gated": gated(model, tokens, media, data.media, recomputed=checkpointing),
         "lm": PartFlops(
             linear=2.0 * tokens * lm.num_layers * _lm_weights(model),
             attention=2.0 * tokens * (data.tokens + 1) * lm.num_layers * lm.num_heads * lm.head_dim,
             trainable=False,
-            **again,
+            skipped=2.0 * tokens * lm.num_layers * lm.width * lm.ffn_width,
+            recomputed=checkpointing,
         ),
         "head": PartFlops(linear=2.0 * tokens * lm.width * lm.vocab_size, trainable=False),
     }
@@ -102,10 +109,14 @@ def resampler(model: FlamingoConfig, media: int, frames: int) -> PartFlops:
     ffw = r.ffw_mult * r.width * r.width * (3 if r.activation == "silu_gated" else 2)
     latents = r.latents * (4 * r.width * inner + ffw)
     linear = r.depth * (latents + features * 2 * r.width * inner)
-    if r.feature_width != r.width:
-        linear += features * r.feature_width * r.width
+    # The projection reads the frozen encoder's features.
+    project = features * r.feature_width * r.width if r.feature_width != r.width else 0
     attention = r.depth * 2 * r.latents * (features + r.latents) * inner
-    return PartFlops(linear=2.0 * media * linear, attention=2.0 * media * attention)
+    return PartFlops(
+        linear=2.0 * media * (linear + project),
+        attention=2.0 * media * attention,
+        no_input_gradient=2.0 * media * project,
+    )
 
 
 def gated(

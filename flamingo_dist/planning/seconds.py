@@ -47,7 +47,7 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
                 value = part.forward / dp / (vision_peak * 1e12 * assumed.vision)
             else:
                 again = 1 if part.recomputed else 0
-                linear = part.linear * (1 + again) + part.backward_linear
+                linear = part.linear + again * (part.linear - part.skipped) + part.backward_linear
                 # A flash backward computes the scores once more: five products where the forward has two.
                 attention = part.attention * (1 + again) + 1.25 * part.backward_attention
                 value = (linear / assumed.matmul + attention / assumed.attention) / (tp * dp * peak)

@@ -29,7 +29,8 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     again = 1 if work.parallel.activation_checkpointing else 0
     layers, gated, depth = model.lm.num_layers, len(model.gated_positions()), model.resampler.depth
     extra_gate = 1 if model.gated.activation == "silu_gated" else 0
-    streams = (4 + 2 * again) * (layers + gated) + gated * extra_gate + 2
+    # Recomputation stops before the last sum of a checkpointed unit, which is an LM block's.
+    streams = 4 * (layers + gated) + again * (layers + 2 * gated) + gated * extra_gate + 2
     feature_sums = 1 if model.resampler.shared_feature_kv else depth
     resampler_gate = 1 if model.resampler.activation == "silu_gated" else 0
     latent_sums = depth * (4 + resampler_gate) + gated
