@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +57,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return bench(arguments)
 
+    def plan(arguments: list[str]) -> int:
+        from jobs.plan import plan
+
+        return plan(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -71,6 +76,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
+        "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
         "recipes": (recipes, "list the recipes"),
     }
 

@@ -1,0 +1,107 @@
+"""Parameters of every component of a network, on one tensor-parallel rank."""
+
+from dataclasses import dataclass
+
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.gated_block import GatedBlockConfig
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.resampler import ResamplerConfig
+from flamingo_dist.models.vocabulary import NUM_EXTRA_TOKENS, padded_vocab_size
+from flamingo_dist.planning.workload import tiny_layers
+
+EFFICIENTNET_PARAMETERS = 3_372_000
+"""EfficientNet-Lite0 without its classifier, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Elements on one tensor-parallel rank."""
+
+    vision: int
+    """Frozen encoder, whole on every rank."""
+    resampler: int
+    """Trainable Perceiver Resampler."""
+    gated: int
+    """Trainable gated blocks, all of them."""
+    extra: int
+    """Trainable rows of the vocabulary, of the embedding and of the head."""
+    lm_blocks: int
+    """Frozen LM blocks and final norm."""
+    vocabulary: int
+    """Frozen embedding, and head where it is not tied."""
+    lm_block: int
+    """One LM block."""
+    gated_block: int
+    """One gated block."""
+
+    @property
+    def trainable(self) -> int:
+        """Elements that hold gradients and optimizer state."""
+        return self.resampler + self.gated + self.extra
+
+    @property
+    def frozen_lm(self) -> int:
+        """Frozen elements but the encoder's, which are buffers that ZeRO never meets."""
+        return self.lm_blocks + self.vocabulary
+
+
+def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
+    """Count the parameters of one rank.
+
+    Args:
+        model: the network.
+        tp: tensor-parallel degree; must divide what it cuts.
+    """
+    lm, gated = model.lm, gated_block(model.gated, tp)
+    block = lm_block(lm, tp)
+    vocabulary = padded_vocab_size(lm.vocab_size, tp) // tp * lm.width
+    return ParameterCounts(
+        vision=vision(model),
+        resampler=resampler(model.resampler, tp),
+        gated=gated * len(model.gated_positions()),
+        extra=2 * NUM_EXTRA_TOKENS * lm.width,
+        lm_blocks=block * lm.num_layers + _norm(lm.norm, lm.width),
+        vocabulary=vocabulary * (1 if lm.tied else 2),
+        lm_block=block,
+        gated_block=gated,
+    )
+
+
+def _norm(kind: str, width: int) -> int:
+    return width * (2 if kind == "layer" else 1)
+
+
+def vision(model: FlamingoConfig) -> int:
+    """Count the encoder: weights and biases of its convolutions."""
+    if model.vision.name != "tiny":
+        return EFFICIENTNET_PARAMETERS
+    return sum(9 * c.inputs * c.outputs + c.outputs for c in tiny_layers(model))
+
+
+def lm_block(lm: LMConfig, tp: int) -> int:
+    """Count one frozen block."""
+    attention = (2 * lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim * lm.width
+    ffw = lm.width * lm.ffn_width * (3 if lm.activation == "silu_gated" else 2)
+    return (attention + ffw) // tp + 2 * _norm(lm.norm, lm.width)
+
+
+def gated_block(config: GatedBlockConfig, tp: int) -> int:
+    """Count one gated block."""
+    inner = config.heads * config.head_dim
+    attention = 2 * config.width * inner + 2 * config.media_width * inner
+    ffw = config.width * config.ffw_hidden * (3 if config.activation == "silu_gated" else 2)
+    gates = 2 * (1 if config.gate == "scalar" else config.width)
+    heads = 2 * _norm(config.norm, config.head_dim) if config.qk_norm else 0
+    return (attention + ffw) // tp + gates + heads + 2 * _norm(config.norm, config.width)
+
+
+def resampler(config: ResamplerConfig, tp: int) -> int:
+    """Count the whole resampler."""
+    inner, width = config.heads * config.head_dim, config.width
+    ffw = width * width * config.ffw_mult * (3 if config.activation == "silu_gated" else 2)
+    heads = 2 * _norm(config.norm, config.head_dim) if config.qk_norm else 0
+    layer = (4 * width * inner + ffw) // tp + 3 * _norm(config.norm, width) + heads
+    project = config.feature_width * width if config.feature_width != width else 0
+    return (
+        config.depth * layer + project + (config.latents + config.frames) * width + _norm(config.norm, width)
+    )

@@ -1,0 +1,220 @@
+"""Every layout of a run on given GPUs, ranked, and what would help where none fits."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from flamingo_dist.parallel.topology import Topology
+from flamingo_dist.planning.flops import step_flops
+from flamingo_dist.planning.hardware import GIB, Assumptions
+from flamingo_dist.planning.memory import Residency, activation_memory, state_memory
+from flamingo_dist.planning.seconds import Machine, link_bytes, step_seconds
+from flamingo_dist.planning.traffic import step_traffic
+from flamingo_dist.planning.workload import Workload
+
+TENSOR_DEGREES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One layout with its predictions for one GPU and one step."""
+
+    tp: int
+    """Tensor-parallel degree."""
+    dp: int
+    """Data-parallel degree."""
+    residency: Residency
+    """Where frozen weights live."""
+    fits: bool
+    """Whether it fits in memory."""
+    memory_gib: float
+    """Peak of one GPU."""
+    step_seconds: float
+    """Seconds of a step."""
+    tokens_per_second: float
+    """Text tokens of all GPUs, padding included."""
+    useful_mfu: float
+    """Useful operations over the bf16 peak of all GPUs: no recomputation, no repeated encoder."""
+    hfu: float
+    """All operations that the GPUs run, over the same peak."""
+    memory: dict[str, float]
+    """GiB by kind; adds up to `memory_gib`."""
+    transient: dict[str, float]
+    """GiB of what follows one another; the largest is `memory`'s `transient`."""
+    seconds: dict[str, float]
+    """Seconds by part; adds up to `step_seconds`."""
+    traffic: dict[str, dict[str, float]]
+    """GB that a GPU sends in a step, by kind and link."""
+    days: float | None = None
+    """Days for the token budget."""
+    gpu_hours: float | None = None
+    """GPU-hours for the token budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All layouts, best first."""
+
+    layouts: list[Layout]
+    """Those that fit, fastest first."""
+    too_large: list[Layout]
+    """Those that do not fit, smallest first."""
+    refused: list[str]
+    """Degrees that cannot run, and why."""
+    flops: dict[str, dict[str, float]]
+    """Operations of a step over all GPUs, by part."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return asdict(self)
+
+
+def make_plan(work: Workload, machine: Machine, *, budget_tokens: float | None = None) -> Plan:
+    """Predict every layout of `work` on `machine`.
+
+    Args:
+        work: the run.
+        machine: the GPUs.
+        budget_tokens: text tokens of the whole training, for days and GPU-hours.
+
+    Raises:
+        ValueError: fewer than one GPU.
+    """
+    if machine.gpus < 1 or machine.gpus_per_node < 1:
+        raise ValueError(f"gpus={machine.gpus} and gpus_per_node={machine.gpus_per_node} must be at least 1.")
+    layouts, refused = [], []
+    residencies: tuple[Residency, ...] = (
+        ("resident", "partitioned") if work.parallel.zero_stage == 3 else ("resident",)
+    )
+    for tp in TENSOR_DEGREES:
+        reason = _refusal(work, machine, tp)
+        if reason:
+            refused.append(reason)
+            continue
+        # On one data-parallel rank there is nothing to partition over.
+        chosen = residencies if machine.gpus > tp else ("resident",)
+        layouts += [_layout(work, machine, tp, residency, budget_tokens) for residency in chosen]
+    fitting = sorted((x for x in layouts if x.fits), key=lambda x: (x.step_seconds, x.memory_gib))
+    large = sorted((x for x in layouts if not x.fits), key=lambda x: x.memory_gib)
+    return Plan(layouts=fitting, too_large=large, refused=refused, flops=step_flops(work))
+
+
+def _refusal(work: Workload, machine: Machine, tp: int) -> str:
+    """Return why the degree cannot run, or ""."""
+    if tp > machine.gpus_per_node:
+        return f"tp {tp}: more than the {machine.gpus_per_node} GPUs of a node; its sums need NVLink."
+    if machine.gpus % tp:
+        return f"tp {tp}: does not divide {machine.gpus} GPUs."
+    sizes = work.model.tensor_sizes()
+    if work.model.lm.weights is None:
+        sizes["lm.vocab_size (random weights)"] = work.model.lm.vocab_size
+    try:
+        Topology(world=machine.gpus, rank=0, tensor=tp).check_divisible(sizes)
+    except ValueError as error:
+        return f"tp {tp}: {error}"
+    dp = machine.gpus // tp
+    bad = [f"{d.name} has {d.rows}" for d in work.datasets if d.rows % dp]
+    return f"tp {tp}: rows of a batch must divide among {dp} ranks; {', '.join(bad)}." if bad else ""
+
+
+def _layout(
+    work: Workload, machine: Machine, tp: int, residency: Residency, budget_tokens: float | None
+) -> Layout:
+    dp = machine.gpus // tp
+    memory, transient = rank_memory(work, machine.assumptions, tp=tp, dp=dp, residency=residency)
+    seconds = step_seconds(work, machine, tp=tp, dp=dp, residency=residency)
+    step, tokens = sum(seconds.values()), work.tokens_per_step()
+    parts = step_flops(work)
+    useful = sum(p["forward"] + p["backward"] for p in parts.values())
+    hardware = useful + sum(p["recompute"] for p in parts.values()) + (tp - 1) * parts["vision"]["forward"]
+    peak = machine.gpus * machine.gpu.bf16_tflops * 1e12
+    days = None if budget_tokens is None else budget_tokens / tokens * step / 86_400
+    kinds = step_traffic(work, tp=tp, dp=dp, residency=residency)
+    total = sum(memory.values())
+    return Layout(
+        tp=tp,
+        dp=dp,
+        residency=residency,
+        fits=total <= machine.gpu.memory_gib,
+        memory_gib=total,
+        step_seconds=step,
+        tokens_per_second=tokens / step,
+        useful_mfu=useful / step / peak,
+        hfu=hardware / step / peak,
+        memory=memory,
+        transient=transient,
+        seconds=seconds,
+        traffic={
+            kind: {link: size / 1e9 for link, size in link_bytes(traffic, machine, tp=tp).items()}
+            for kind, traffic in kinds.items()
+        },
+        days=days,
+        gpu_hours=None if days is None else days * 24 * machine.gpus,
+    )
+
+
+def rank_memory(
+    work: Workload, assumptions: Assumptions, *, tp: int, dp: int, residency: Residency
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the peak GiB of one rank by kind, and the transients of which the largest counts.
+
+    Args:
+        work: the run.
+        assumptions: for the reserve.
+        tp: tensor-parallel degree.
+        dp: data-parallel degree.
+        residency: where frozen weights live.
+    """
+    memory = state_memory(work, tp=tp, dp=dp, residency=residency)
+    # Data sets follow one another; the peak is that of the largest.
+    sets = [activation_memory(work, data, tp=tp, dp=dp) for data in work.datasets]
+    names = ("vision", "logits", "block")
+    largest = max(sets, key=lambda s: s["kept"] + max(s[n] for n in names))
+    transient = {name: largest[name] / GIB for name in names}
+    memory["activations"] = largest["kept"]
+    memory["transient"] = max(largest[n] for n in names)
+    in_gib = {name: value / GIB for name, value in memory.items()}
+    in_gib["reserve"] = assumptions.reserve_gib + assumptions.fragmentation * sum(in_gib.values())
+    return in_gib, transient
+
+
+def suggestions(work: Workload, machine: Machine) -> list[str]:
+    """Return the single changes that make a layout fit, each tried; empty if none of them does."""
+    found = []
+    if not work.parallel.activation_checkpointing:
+        parallel = replace(work.parallel, activation_checkpointing=True)
+        if make_plan(replace(work, parallel=parallel), machine).layouts:
+            found.append("parallel.activation_checkpointing=True")
+    if work.parallel.zero_stage != 3:
+        parallel = replace(work.parallel, zero_stage=3)
+        best = make_plan(replace(work, parallel=parallel), machine).layouts
+        if best:
+            found.append(f"parallel.zero_stage=3 with parallel.frozen={best[0].residency!r}")
+    more = (machine.gpus * 2**power for power in range(1, 11))
+    for gpus in more:
+        if make_plan(work, replace(machine, gpus=gpus)).layouts:
+            found.append(f"{gpus} GPUs")
+            break
+    return found + _batch_suggestions(work, machine)
+
+
+def _batch_suggestions(work: Workload, machine: Machine) -> list[str]:
+    """Return the nearest smaller and the nearest larger batches that make a layout fit."""
+    found = []
+    for base, words in ((0.5, "smaller"), (2.0, "larger")):
+        for power in range(1, 11):
+            scaled = scale_batches(work, base**power)
+            if scaled is None:
+                break
+            if make_plan(scaled, machine).layouts:
+                found.append(f"batches {2**power} times {words} (--batch-scale {base**power:g})")
+                break
+    return found
+
+
+def scale_batches(work: Workload, factor: float) -> Workload | None:
+    """Return the run with batches scaled; None where a batch would not be whole."""
+    rows = [d.rows * factor for d in work.datasets]
+    if any(r < 1 or r != int(r) for r in rows):
+        return None
+    datasets = tuple(replace(d, rows=int(r)) for d, r in zip(work.datasets, rows, strict=True))
+    return replace(work, datasets=datasets)

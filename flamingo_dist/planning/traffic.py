@@ -1,0 +1,87 @@
+"""Bytes that one GPU sends in a step, by group of ranks and by kind."""
+
+from dataclasses import dataclass
+
+from flamingo_dist.planning.memory import Residency
+from flamingo_dist.planning.parameters import count_parameters
+from flamingo_dist.planning.workload import DatasetShape, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a kind of collective sends in a step, on one GPU, in a ring."""
+
+    group: str
+    """"tensor" or "data"."""
+    wire_bytes: float
+    """Bytes that a GPU sends to its neighbour."""
+    calls: int
+    """Collectives."""
+
+
+def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float, int]:
+    """Return payload bytes and calls of the tensor-parallel all-reduces of one data set."""
+    model, size = work.model, work.bytes_per_value
+    stream = data.rows * data.tokens / dp * model.lm.width * size
+    media = data.rows * data.media / dp
+    latents = media * model.resampler.latents * model.resampler.width * size
+    features = media * data.frames * model.vision.num_features * model.resampler.width * size
+    again = 1 if work.parallel.activation_checkpointing else 0
+    layers, gated, depth = model.lm.num_layers, len(model.gated_positions()), model.resampler.depth
+    extra_gate = 1 if model.gated.activation == "silu_gated" else 0
+    # Recomputation stops before the last sum of a checkpointed unit, which is an LM block's.
+    streams = 4 * (layers + gated) + again * (layers + 2 * gated) + gated * extra_gate + 2
+    feature_sums = 1 if model.resampler.shared_feature_kv else depth
+    resampler_gate = 1 if model.resampler.activation == "silu_gated" else 0
+    latent_sums = depth * (4 + resampler_gate) + gated
+    payload = streams * stream + latent_sums * latents + feature_sums * features
+    return payload, streams + latent_sums + feature_sums
+
+
+def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, Traffic]:
+    """Return a step's traffic by kind.
+
+    Every data set has its own forward and backward: ZeRO-3 gathers weights for each, once more where a block is
+    recomputed, and ZeRO 2 and 3 reduce gradients, in fp32, for each.
+
+    Args:
+        work: the run.
+        tp: tensor-parallel degree.
+        dp: data-parallel degree.
+        residency: where frozen weights live; resident ones move no byte.
+    """
+    counts, size, stage = count_parameters(work.model, tp), work.bytes_per_value, work.parallel.zero_stage
+    sets, share = len(work.datasets), (dp - 1) / dp
+    again = 1 if work.parallel.activation_checkpointing else 0
+    layers, gated = work.model.lm.num_layers, len(work.model.gated_positions())
+    units = gated + work.model.resampler.depth + 4
+    kinds: dict[str, Traffic] = {}
+    if tp > 1:
+        pairs = [_tensor(work, data, tp, dp) for data in work.datasets]
+        payload, calls = sum(p for p, _ in pairs), sum(c for _, c in pairs)
+        kinds["tensor_all_reduce"] = Traffic(
+            group="tensor", wire_bytes=2 * (tp - 1) / tp * payload, calls=calls
+        )
+    if dp == 1:
+        return kinds
+    reductions = sets if stage >= 2 else 1
+    ring = 2 if stage == 0 else 1
+    kinds["gradient_reduce"] = Traffic(
+        group="data", wire_bytes=ring * reductions * share * 4 * counts.trainable, calls=reductions * units
+    )
+    if stage == 3:
+        values = (2 + again) * counts.gated + 2 * (counts.resampler + counts.extra)
+        kinds["trainable_gather"] = Traffic(
+            group="data", wire_bytes=sets * share * size * values, calls=sets * (2 + again) * units
+        )
+    elif stage > 0:
+        kinds["trainable_gather"] = Traffic(
+            group="data", wire_bytes=share * size * counts.trainable, calls=units
+        )
+    if residency == "partitioned":
+        uses = 3 if work.model.lm.tied else 1.5  # embedding, head, head's backward; halves where apart
+        values_frozen = (2 + again) * counts.lm_blocks + uses * counts.vocabulary
+        kinds["frozen_gather"] = Traffic(
+            group="data", wire_bytes=sets * share * size * values_frozen, calls=sets * (2 + again) * layers
+        )
+    return kinds

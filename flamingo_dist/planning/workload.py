@@ -1,0 +1,64 @@
+"""What a run is, as far as a plan needs it."""
+
+from dataclasses import dataclass
+
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.vision.base import TINY_STRIDE
+from flamingo_dist.parallel.topology import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetShape:
+    """The batch of one data set: every step runs one forward and one backward of each."""
+
+    name: str
+    """Name, for messages."""
+    rows: int
+    """Rows of a global batch."""
+    tokens: int
+    """T, tokens a row."""
+    media: int
+    """M, media a row."""
+    frames: int
+    """F, frames a medium."""
+    pixels: bool = True
+    """Whether the vision encoder runs; False where features are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A run: network, batches, precision and the settings of its parallelism that are not searched."""
+
+    model: FlamingoConfig
+    """The network."""
+    datasets: tuple[DatasetShape, ...]
+    """Batches of a step."""
+    parallel: ParallelConfig
+    """ZeRO stage and checkpointing are taken from here; the tensor degree and residency are searched."""
+    bytes_per_value: int = 2
+    """2 for bf16, 4 for fp32."""
+
+    def tokens_per_step(self) -> int:
+        """Return the text tokens of a step over all ranks, padding included."""
+        return sum(d.rows * d.tokens for d in self.datasets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionLayer:
+    """One convolution: frames of `inputs` channels at `size_in` to `outputs` channels at `size_out`."""
+
+    inputs: int
+    outputs: int
+    size_in: int
+    size_out: int
+
+
+def tiny_layers(model: FlamingoConfig) -> list[VisionLayer]:
+    """Return the three convolutions of the tiny encoder."""
+    channels = (3, model.vision.width // 4, model.vision.width // 2, model.vision.width)
+    sizes = [model.vision.image_size >> i for i in range(4)]
+    assert model.vision.image_size // TINY_STRIDE == sizes[3], "the tiny encoder halves its input three times"
+    return [
+        VisionLayer(inputs=channels[i], outputs=channels[i + 1], size_in=sizes[i], size_out=sizes[i + 1])
+        for i in range(3)
+    ]

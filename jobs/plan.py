@@ -1,0 +1,182 @@
+"""`flamingo plan RECIPE`: what a run needs and takes, predicted before it is started."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from flamingo_dist.planning.hardware import GPUS, Assumptions
+from flamingo_dist.planning.picture import draw_plan
+from flamingo_dist.planning.plan import Layout, Plan, make_plan, scale_batches, suggestions
+from flamingo_dist.planning.seconds import Machine
+from flamingo_dist.planning.workload import DatasetShape, Workload
+from jobs.config import RunConfig
+from jobs.recipes import RECIPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Arguments of `flamingo plan RECIPE`. All figures are predictions from data sheets; nothing is run."""
+
+    gpus: int = 8
+    """GPUs in all."""
+    gpu: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = "h100"
+    """GPU model."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink joins."""
+    memory_gib: float | None = None
+    """Memory of a GPU in GiB, in place of the data sheet's."""
+    tokens: float | None = None
+    """Text tokens of the whole training, for days and GPU-hours."""
+    batch_scale: float = 1.0
+    """Factor of all batch sizes."""
+    checkpointing: bool | None = None
+    """Activation checkpointing, in place of the recipe's."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage, in place of the recipe's."""
+    assume: Assumptions = field(default_factory=Assumptions)
+    """Efficiencies that seconds are computed from."""
+    picture: Path | None = None
+    """Write stacked bars of memory and time to this file, such as plan.svg."""
+    markdown: bool = False
+    """Print the layouts as a Markdown table."""
+    json: bool = False
+    """Print the plan as JSON."""
+
+
+def workload(run: RunConfig) -> Workload:
+    """Return what a plan needs of a run's configuration."""
+    datasets = tuple(
+        DatasetShape(
+            name=d.name,
+            rows=d.batch_size // d.pack,
+            tokens=d.tokens_per_row,
+            media=d.max_media * d.pack,
+            frames=d.frames,
+            pixels=d.media == "pixels",
+        )
+        for d in run.data.train.values()
+    )
+    return Workload(
+        model=run.model,
+        datasets=datasets,
+        parallel=run.parallel,
+        bytes_per_value=run.train.torch_dtype.itemsize,
+    )
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print the layouts of a recipe on given GPUs; 1 if none fits."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: flamingo plan RECIPE [options]; recipes are {', '.join(RECIPES)}.")
+        return 0 if arguments else 2
+    name = arguments[0].replace("-", "_")
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
+    given = tyro.cli(PlanArguments, args=list(arguments[1:]), prog=f"flamingo plan {name}")
+    work, machine = resolve(workload(RECIPES[name].config()), given)
+    result = make_plan(work, machine, budget_tokens=given.tokens)
+    advice = [] if result.layouts else suggestions(work, machine)
+    if given.json:
+        print(json.dumps(result.to_json() | {"would_fit": advice}, indent=1))
+    elif given.markdown:
+        print("\n".join(markdown(result, advice)))
+    else:
+        show(result, machine, advice, title=f"{name} on {given.gpus} {given.gpu}")
+    if given.picture is not None and (result.layouts or result.too_large):
+        draw_plan(result.layouts or result.too_large, given.picture, memory_gib=machine.gpu.memory_gib)
+    return 0 if result.layouts else 1
+
+
+def resolve(work: Workload, given: PlanArguments) -> tuple[Workload, Machine]:
+    """Apply the command line to a run and return it with its GPUs.
+
+    Raises:
+        ValueError: the scale leaves a batch that is not whole.
+    """
+    scaled = scale_batches(work, given.batch_scale)
+    if scaled is None:
+        sizes = ", ".join(f"{d.name} {d.rows}" for d in work.datasets)
+        raise ValueError(
+            f"batch_scale={given.batch_scale:g} leaves batches that are not whole numbers of rows ({sizes})."
+        )
+    parallel = work.parallel
+    if given.checkpointing is not None:
+        parallel = replace(parallel, activation_checkpointing=given.checkpointing)
+    if given.zero_stage is not None:
+        parallel = replace(parallel, zero_stage=given.zero_stage, frozen="resident")
+    gpu = GPUS[given.gpu]
+    if given.memory_gib is not None:
+        gpu = replace(gpu, memory_gib=given.memory_gib)
+    machine = Machine(gpu=gpu, gpus=given.gpus, gpus_per_node=given.gpus_per_node, assumptions=given.assume)
+    return replace(scaled, parallel=parallel), machine
+
+
+def show(result: Plan, machine: Machine, advice: list[str], *, title: str) -> None:
+    """Print the plan as tables."""
+    console = Console()
+    if result.layouts:
+        console.print(_layout_table(result.layouts, f"{title}: predicted, not measured"))
+        console.print(_parts_table(result, result.layouts[0]))
+    else:
+        console.print(f"{title}: no layout fits in {machine.gpu.memory_gib:.1f} GiB a GPU.")
+        if result.too_large:
+            console.print(_layout_table(result.too_large, "Too large, smallest first"))
+        console.print(
+            f"What would fit: {'; or '.join(advice)}." if advice else "No single change tried would fit."
+        )
+    for reason in result.refused:
+        console.print(f"Left out: {reason}", highlight=False)
+
+
+def markdown(result: Plan, advice: list[str]) -> list[str]:
+    """Return the lines of a Markdown table of the layouts that fit, or else of the too large ones."""
+    lines = ["| TP | DP | frozen weights | GiB a GPU | s a step | tokens/s | useful MFU | HFU |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for x in result.layouts or result.too_large:
+        size = f"{x.memory_gib:.1f}" + ("" if x.fits else " (too large)")
+        line = f"| {x.tp} | {x.dp} | {x.residency} | {size} | {x.step_seconds:.2f} "
+        lines.append(f"{line}| {x.tokens_per_second:,.0f} | {x.useful_mfu:.1%} | {x.hfu:.1%} |")
+    if not result.layouts:
+        lines += ["", f"No layout fits; what would: {'; or '.join(advice) or 'no single change tried'}."]
+    return lines
+
+
+def _layout_table(layouts: list[Layout], title: str) -> Table:
+    table = Table(title=title)
+    columns = ["TP", "DP", "frozen", "GiB", "s/step", "tokens/s", "useful MFU", "HFU", "sent GB NVLink"]
+    columns += ["network", "days", "GPU-hours"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for x in layouts:
+        nvlink, network = (sum(kind[link] for kind in x.traffic.values()) for link in ("nvlink", "network"))
+        row = [str(x.tp), str(x.dp), x.residency, f"{x.memory_gib:.1f}", f"{x.step_seconds:.2f}"]
+        row += [f"{x.tokens_per_second:,.0f}", f"{x.useful_mfu:.1%}", f"{x.hfu:.1%}"]
+        row += [f"{nvlink:.1f}", f"{network:.1f}"]
+        row += ["" if x.days is None else f"{x.days:.1f}"]
+        row += ["" if x.gpu_hours is None else f"{x.gpu_hours:,.0f}"]
+        table.add_row(*row)
+    return table
+
+
+def _parts_table(result: Plan, best: Layout) -> Table:
+    """Return the breakdown of the best layout: memory, time and operations side by side."""
+    table = Table(title=f"Best layout: TP {best.tp} x DP {best.dp}, {best.residency}")
+    for column in ("memory", "GiB", "time", "s", "operations of a step", "PFLOP fwd / bwd / again"):
+        table.add_column(column)
+    memory, seconds = list(best.memory.items()), list(best.seconds.items())
+    flops = [(k, " / ".join(f"{v / 1e15:.2f}" for v in p.values())) for k, p in result.flops.items()]
+    for i in range(max(len(memory), len(seconds), len(flops))):
+        row = [*_cells(memory, i), *_cells(seconds, i)]
+        row += list(flops[i]) if i < len(flops) else ["", ""]
+        table.add_row(*row)
+    return table
+
+
+def _cells(items: list[tuple[str, float]], i: int) -> list[str]:
+    return [items[i][0], f"{items[i][1]:.3f}"] if i < len(items) else ["", ""]

@@ -1,0 +1,104 @@
+"""Operations against torch's own counter on a tiny network, forward and backward, and by hand."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flamingo_dist.models.flamingo import Flamingo
+from flamingo_dist.parallel.topology import single_process
+from flamingo_dist.planning.flops import dataset_flops, gated, resampler
+from flamingo_dist.planning.workload import DatasetShape
+from tests.tiny import network
+
+ROWS, TOKENS, MEDIA, FRAMES = 2, 6, 3, 2
+PRODUCTS = ("mm", "addmm", "bmm", "convolution", "convolution_backward")
+
+
+def counted(config, *, checkpointing):
+    """Return the counter's operations by operator: of the forward and of the whole step."""
+    with single_process():
+        model = Flamingo(config, dtype=torch.float32, activation_checkpointing=checkpointing)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(0.01)
+        tokens = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+        size = config.vision.image_size
+        media = torch.zeros(ROWS, MEDIA, FRAMES, 3, size, size, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter:
+            out = model(
+                tokens,
+                torch.ones_like(tokens),
+                media,
+                torch.ones(ROWS, MEDIA, dtype=torch.bool),
+                targets_BT=tokens,
+            )
+            forward = by_operator(counter)
+            out.nll_BT.sum().backward()
+        return forward, by_operator(counter)
+
+
+def by_operator(counter):
+    found = Counter()
+    for operator, value in counter.get_flop_counts()["Global"].items():
+        found[str(operator).split(".")[-1]] += value
+    return found
+
+
+def linear(found):
+    """Linear layers and convolutions: attention goes through other operators, or through bmm."""
+    return sum(found[name] for name in ("mm", "addmm", "convolution", "convolution_backward"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("activation", ["sqrelu", "silu_gated"])
+def test_linear_layers_equal_torchs_counter(checkpointing, activation):
+    base = network()
+    config = replace(
+        base,
+        gated=replace(base.gated, activation=activation),
+        resampler=replace(base.resampler, activation=activation),
+    )
+    data = DatasetShape(name="d", rows=ROWS, tokens=TOKENS, media=MEDIA, frames=FRAMES)
+    parts = dataset_flops(config, data, checkpointing=checkpointing)
+    forward, whole = counted(config, checkpointing=checkpointing)
+    # The two trainable rows of the head, which a plan leaves out.
+    rows = 2 * ROWS * TOKENS * config.lm.width * 2
+    assert linear(forward) == sum(p.linear for p in parts.values()) + rows
+    expected = sum(
+        p.linear + p.recomputed * (p.linear - p.skipped) + p.backward_linear for p in parts.values()
+    )
+    assert linear(whole) == expected + 3 * rows
+
+
+def test_attention_by_hand():
+    config = network()
+    r, g = config.resampler, config.gated
+    # Scores and weighted sum: 2 products of 2 operations each.
+    features = FRAMES * (16 // 8) ** 2
+    one = 4 * r.latents * (features + r.latents) * r.heads * r.head_dim
+    assert resampler(config, 5, FRAMES).attention == 5 * r.depth * one
+    cross = 4 * TOKENS * r.latents * g.heads * g.head_dim * len(config.gated_positions())
+    assert gated(config, TOKENS, 1, 1).attention == cross
+    everything = replace(config, gated=replace(g, attend_all=True))
+    assert gated(everything, TOKENS, MEDIA, MEDIA).attention == MEDIA * cross
+    data = DatasetShape(name="d", rows=1, tokens=TOKENS, media=1, frames=1)
+    pairs = TOKENS * (TOKENS + 1) // 2
+    lm = dataset_flops(config, data, checkpointing=False)["lm"].attention
+    assert lm == 4 * pairs * config.lm.num_layers * config.lm.num_heads * config.lm.head_dim
+
+
+def test_a_frozen_backward_has_no_weight_gradients():
+    data = DatasetShape(name="d", rows=1, tokens=TOKENS, media=1, frames=1)
+    parts = dataset_flops(network(), data, checkpointing=True)
+    assert parts["vision"].useful == parts["vision"].forward
+    assert parts["lm"].backward_linear == parts["lm"].linear
+    assert parts["gated"].backward_linear == 2 * parts["gated"].linear
+    assert parts["resampler"].recompute == 0 < parts["lm"].recompute < parts["lm"].forward
+
+
+def test_stored_features_need_no_encoder():
+    data = DatasetShape(name="d", rows=1, tokens=TOKENS, media=1, frames=1, pixels=False)
+    assert dataset_flops(network(), data, checkpointing=True)["vision"].forward == 0

@@ -1,0 +1,166 @@
+"""Plans: golden ones of the large recipes, what must hold of any, and the command."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flamingo_dist.cli import main
+from flamingo_dist.parallel.topology import ParallelConfig
+from flamingo_dist.planning.plan import make_plan, scale_batches, suggestions
+from flamingo_dist.planning.seconds import link_bytes
+from flamingo_dist.planning.traffic import Traffic, step_traffic
+from jobs.plan import workload
+from jobs.recipes import RECIPES
+from tests.flamingo_dist.planning.shapes import GPU_COUNTS, LARGE, machine
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def work_of(name):
+    return workload(RECIPES[name].config())
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def golden_plan(name, gpus):
+    work = work_of(name)
+    plan = make_plan(work, machine(gpus), budget_tokens=1e12)
+    advice = [] if plan.layouts else suggestions(work, machine(gpus))
+    return rounded(plan.to_json() | {"would_fit": advice})
+
+
+@pytest.mark.parametrize("gpus", GPU_COUNTS)
+@pytest.mark.parametrize("name", LARGE)
+def test_plan_equals_its_golden_one(name, gpus):
+    """A changed plan shows in review: `python -m tests.flamingo_dist.planning.write_golden` writes new ones."""
+    assert golden_plan(name, gpus) == json.loads((GOLDEN / f"{name}-{gpus}-h100.json").read_text())
+
+
+def test_layouts_add_up_and_are_ranked():
+    plan = make_plan(work_of("flamingo_80b"), machine(256), budget_tokens=1e12)
+    assert plan.layouts
+    assert [x.step_seconds for x in plan.layouts] == sorted(x.step_seconds for x in plan.layouts)
+    for x in plan.layouts + plan.too_large:
+        assert sum(x.memory.values()) == pytest.approx(x.memory_gib)
+        assert sum(x.seconds.values()) == pytest.approx(x.step_seconds)
+        assert 0 < x.useful_mfu < x.hfu < 0.8
+        assert x.tp * x.dp == 256
+        assert x.fits == (x.memory_gib <= 79.1)
+        assert x.gpu_hours == pytest.approx(x.days * 24 * 256)
+        assert x.days == pytest.approx(1e12 / x.tokens_per_second / 86_400)
+        assert x.memory["transient"] == max(x.transient.values())
+
+
+def test_resident_weights_move_no_byte():
+    work = work_of("flamingo_80b")
+    assert "frozen_gather" not in step_traffic(work, tp=8, dp=32, residency="resident")
+    kinds = step_traffic(work, tp=8, dp=32, residency="partitioned")
+    # Four data sets; blocks in bf16 for forward, recomputation and backward; a tied vocabulary three times.
+    values = 3 * (12 * 8192**2 // 8 * 80 + 2 * 8192 * 80 + 8192) + 3 * 32_000 * 8192 // 8
+    assert kinds["frozen_gather"].wire_bytes == pytest.approx(4 * 31 / 32 * 2 * values)
+
+
+def test_links_of_a_ring():
+    sent = Traffic(group="data", wire_bytes=80.0, calls=1)
+    assert link_bytes(sent, machine(8), tp=2) == {"nvlink": 80.0, "network": 0.0}
+    assert link_bytes(sent, machine(64), tp=2) == {"nvlink": 60.0, "network": 20.0}
+    assert link_bytes(sent, machine(64), tp=8) == {"nvlink": 0.0, "network": 80.0}
+    assert link_bytes(replace(sent, group="tensor"), machine(64), tp=8)["network"] == 0.0
+
+
+def test_checkpointing_trades_memory_for_time():
+    work = work_of("flamingo_9b")
+    without = replace(work, parallel=replace(work.parallel, activation_checkpointing=False))
+
+    def of(work):
+        plan = make_plan(work, machine(64))
+        return {(x.tp, x.residency): x for x in plan.layouts + plan.too_large}
+
+    for key, kept in of(without).items():
+        again = of(work)[key]
+        assert again.memory["activations"] < kept.memory["activations"] / 1.5
+        assert again.step_seconds > kept.step_seconds
+        assert kept.hfu >= kept.useful_mfu
+
+
+def test_what_would_fit_is_true():
+    work = work_of("flamingo_80b")
+    assert not make_plan(work, machine(8)).layouts
+    advice = suggestions(work, machine(8))
+    assert any(a.endswith(" GPUs") for a in advice)
+    gpus = int(next(a for a in advice if a.endswith(" GPUs")).split()[0])
+    assert make_plan(work, machine(gpus)).layouts
+    assert not make_plan(work, machine(gpus // 2)).layouts
+    scale = float(next(a for a in advice if "batch-scale" in a).split()[-1].rstrip(")"))
+    assert make_plan(scale_batches(work, scale), machine(8)).layouts
+    assert not make_plan(scale_batches(work, 2 * scale), machine(8)).layouts
+
+
+def test_suggestions_name_checkpointing_and_zero_3():
+    work = work_of("flamingo_9b")
+    plain = replace(work, parallel=ParallelConfig(zero_stage=3, activation_checkpointing=False))
+    assert not make_plan(plain, machine(8)).layouts
+    stage = replace(work_of("flamingo_3b"), parallel=ParallelConfig(zero_stage=0))
+    small = replace(machine(64), gpu=replace(machine(64).gpu, memory_gib=30.0))
+    if not make_plan(stage, small).layouts:
+        assert suggestions(stage, small)
+
+
+def test_degrees_that_cannot_run_are_explained():
+    plan = make_plan(work_of("smoke"), machine(4))
+    assert [x for x in plan.refused if x.startswith("tp 4") and "num_kv_heads" in x]
+    plan = make_plan(work_of("flamingo_3b"), machine(1024))
+    assert not plan.layouts
+    assert "vtp has 64" in plan.refused[0]
+
+
+def test_the_command_prints_json_and_draws(capsys, tmp_path):
+    picture = tmp_path / "plan.svg"
+    code = main(["plan", "flamingo-80b", "--gpus", "256", "--json", "--picture", str(picture)])
+    assert code == 0
+    printed = json.loads(capsys.readouterr().out)
+    wanted = {"tp", "dp", "residency", "memory_gib", "step_seconds", "tokens_per_second", "useful_mfu", "hfu"}
+    assert wanted <= set(printed["layouts"][0])
+    assert picture.read_text().count("<svg") == 1
+
+
+def test_the_command_says_that_nothing_fits(capsys):
+    assert main(["plan", "flamingo_80b", "--gpus", "8"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no layout fits in 79.1 GiB" in said
+    assert "What would fit:" in said
+    assert main(["plan", "flamingo_80b", "--gpus", "8", "--batch-scale", "0.001"]) == 1
+    assert "not whole numbers" in capsys.readouterr().err
+
+
+def test_the_page_holds_what_its_commands_print(capsys):
+    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
+    commands = re.findall(r"^    flamingo (plan .*--markdown)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        main(command.split())
+        assert capsys.readouterr().out in page, f"run `flamingo {command}` and paste what it prints"
+
+
+def test_overrides_reach_the_plan(capsys):
+    arguments = ["plan", "flamingo_80b", "--gpus", "256", "--json", "--memory-gib"]
+    main([*arguments, "60"])
+    below = json.loads(capsys.readouterr().out)["layouts"]
+    assert below
+    assert all(x["memory_gib"] <= 60 for x in below)
+    main([*arguments, "300", "--assume.matmul", "0.3"])
+    slower = json.loads(capsys.readouterr().out)["layouts"]
+    by_key = {(x["tp"], x["residency"]): x for x in slower}
+    resident = [x for x in below if x["residency"] == "resident"]
+    assert resident
+    # Where traffic decides, more computation only hides more of it.
+    assert all(by_key[x["tp"], "resident"]["step_seconds"] > x["step_seconds"] for x in resident)
