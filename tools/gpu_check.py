@@ -140,7 +140,7 @@ def run_stage(stage: Stage, seconds: float) -> Outcome:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_hear_interrupts,
     )  # fmt: skip
     timed_out = False
     signal.signal(signal.SIGALRM, _too_late)
@@ -158,6 +158,11 @@ def run_stage(stage: Stage, seconds: float) -> Outcome:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return Outcome(stage.name, process.returncode, time.monotonic() - started, timed_out, tail)
+
+
+def _hear_interrupts() -> None:
+    """Undo what a shell does to the jobs that it puts in the background: they inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _too_late(number: int, frame: object) -> None:
