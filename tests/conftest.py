@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -8,6 +9,11 @@ if os.environ.get("KMODE") == "interpret":  # tests/kernels/conftest.py; before 
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.ranks import RankPool
+
+# The same examples every time: what fails, fails for everyone. HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("search", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Bound of ||got - want|| / ||want|| against fp64. The interpreter truncates to bf16, which doubles its error."""
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||, absolute where the wanted norm is rounding; NaN counts as infinite."""
-    scale = want.double().norm().item()
+def relative(got: Tensor, want: Tensor, scale: float = 0.0) -> float:
+    """||got - want|| / ||want||, absolute where the wanted norm is rounding; NaN counts as infinite.
+
+    A sum whose terms cancel is no better than its terms: `scale`, their norm, replaces a smaller wanted norm.
+    """
+    scale = max(scale, want.double().norm().item())
     error = (got.double().cpu() - want.double().cpu()).norm().item() / (scale if scale > 1e-12 else 1.0)
     return float("inf") if error != error else error
 
