@@ -1,9 +1,10 @@
 """Runs the test suite in phases and ends with one summary.
 
 Light tests run in parallel; kernel tests run once under Triton's interpreter and once compiled for a GPU that is not
-there, on the pinned Triton and on the older one that torch 2.11 brings, each in processes of its own; tests that start
-processes of their own run one after another, so that two cores are not fought over; integration tests
-(SLURM's daemons, Ray clusters of several nodes) run on request, those on a GPU need one.
+there, on the pinned Triton and on the older one that torch 2.11 brings, each in processes of its own. Tests that start
+processes of their own run one after another; they wait more than they compute, so the phases before them run beside
+them, at a lower priority, and show their output when they end. Integration tests (SLURM's daemons, Ray clusters of
+several nodes) run on request, those on a GPU need one.
 
 Usage: ``python tools/run_tests.py PHASE ... -- [pytest arguments]``, each PHASE one of light, interpret, dry,
 dry-older, distributed (what `make test` runs), integration, slow, cuda.
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
@@ -38,15 +40,19 @@ class Phase:
     """KMODE of the kernel tests, see tests/kernels/conftest.py."""
     triton: str | None = None
     """Version of Triton that replaces the installed one."""
+    beside: bool = False
+    """Whether it fills the cores beside phases that mostly wait; such phases run one after another."""
 
 
 _KERNELS = ["tests/kernels"]
 
 PHASES: dict[str, Phase] = {
-    "light": Phase(select=["-m", "not distributed and not integration and not slow", "-n", "2"]),
-    "interpret": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="interpret"),
-    "dry": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry"),
-    "dry-older": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON),
+    "light": Phase(select=["-m", "not distributed and not integration and not slow", "-n", "2"], beside=True),
+    "interpret": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="interpret", beside=True),
+    "dry": Phase(select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", beside=True),
+    "dry-older": Phase(
+        select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON, beside=True
+    ),
     "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
     "distributed": Phase(select=["-m", "distributed and not integration and not slow"]),
     "slow": Phase(select=["-m", "slow", "-s"]),
@@ -130,11 +136,21 @@ def environment_of(phase: Phase) -> dict[str, str] | None:
     return environment
 
 
-def run_phase(name: str, extra: list[str]) -> PhaseResult:
-    """Run one phase with its output shown as it comes."""
+_running: set["subprocess.Popen[bytes]"] = set()
+_said = threading.Lock()
+
+
+def _pass_on(signum: int, frame: object) -> None:
+    """Whoever ends this script (a CI's time limit) means pytest, which then ends what its fixtures started."""
+    for process in list(_running):
+        process.send_signal(signal.SIGINT)
+
+
+def run_phase(name: str, extra: list[str], *, beside: bool = False) -> PhaseResult:
+    """Run one phase; its output is shown as it comes, or at the end if others run `beside` it."""
     phase = PHASES[name]
-    print(f"=== {name} tests", flush=True)
     start = time.monotonic()
+    print(f"=== {name} tests" + (" start beside the others" if beside else ""), flush=True)
     environment = environment_of(phase)
     if environment is None:
         needed = os.environ.get("CI") == "true"
@@ -143,22 +159,41 @@ def run_phase(name: str, extra: list[str]) -> PhaseResult:
         return PhaseResult(name, 1 if needed else 0, time.monotonic() - start, {outcome: 1})
     given = any((ROOT / argument.split("::")[0]).exists() for argument in extra if argument[:1] != "-")
     with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
+        junit, shown = Path(folder) / "junit.xml", Path(folder) / "output"
         command = [sys.executable, "-m", "pytest", "-q", *phase.select, f"--junitxml={junit}", *extra]
-        process = subprocess.Popen([*command, *([] if given else phase.paths)], cwd=ROOT, env=environment)
-        # Whoever ends this script (a CI's time limit) means pytest, which then ends what its fixtures started.
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
-        code = process.wait()
+        command += [] if given else phase.paths
+        with shown.open("wb") as output:
+            process = subprocess.Popen(
+                ["nice", *command] if beside else command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output if beside else None,
+                stderr=subprocess.STDOUT if beside else None,
+            )
+            _running.add(process)
+            code = process.wait()
+            _running.discard(process)
         result = PhaseResult(name, code, time.monotonic() - start)
         read_junit(junit, result)
+        if beside:
+            with _said:
+                print(f"=== {name} tests\n{shown.read_text(errors='replace')}", end="", flush=True)
     return result
 
 
-def summary(results: list[PhaseResult]) -> str:
+def run_lane(names: list[str], extra: list[str], results: list[PhaseResult], *, beside: bool = False) -> None:
+    """Run phases one after another into `results`, up to one that the user interrupts."""
+    for name in names:
+        results.append(run_phase(name, extra, beside=beside))
+        if results[-1].exit_code == 2:
+            break
+
+
+def summary(results: list[PhaseResult], seconds: float) -> str:
     """Return the closing lines: slowest and broken tests, a line a phase, the total in pytest's form."""
     lines = ["", "=== summary"]
     slowest = sorted((entry for result in results for entry in result.durations), reverse=True)[:5]
-    lines += [f"slow: {seconds:6.1f} s  {name}" for seconds, name in slowest if seconds >= 1.0]
+    lines += [f"slow: {duration:6.1f} s  {name}" for duration, name in slowest if duration >= 1.0]
     order = ("failed", "passed", "skipped", "error")
     total = dict.fromkeys(order, 0)
     for result in results:
@@ -172,7 +207,7 @@ def summary(results: list[PhaseResult]) -> str:
     if not all(result.ok for result in results) and not total["failed"] + total["error"]:
         total["error"] += 1  # a phase that crashed must not end in a green-looking line
     shown = ", ".join(f"{total[outcome]} {outcome}" for outcome in order if total[outcome])
-    lines.append(f"===== {shown or 'no tests ran'} in {sum(result.seconds for result in results):.2f}s =====")
+    lines.append(f"===== {shown or 'no tests ran'} in {seconds:.2f}s =====")
     return "\n".join(lines)
 
 
@@ -184,12 +219,20 @@ def main(arguments: list[str]) -> int:
     if unknown or not names:
         print(f"phases given: {unknown or 'none'}; allowed: {', '.join(PHASES)}", file=sys.stderr)
         return 2
-    results = []
-    for name in names:
-        results.append(run_phase(name, extra))
-        if results[-1].exit_code == 2:  # interrupted by the user
-            break
-    print(summary(results), flush=True)
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, _pass_on)
+    fillers = [name for name in names if PHASES[name].beside]
+    others = [name for name in names if not PHASES[name].beside]
+    if not others:  # nothing to run beside
+        fillers, others = [], fillers
+    aside: list[PhaseResult] = []
+    results: list[PhaseResult] = []
+    lane = threading.Thread(target=run_lane, args=(fillers, extra, aside), kwargs={"beside": True})
+    lane.start()
+    run_lane(others, extra, results)
+    lane.join()
+    results = [*aside, *results]
+    print(summary(results, time.monotonic() - start), flush=True)
     if not any(sum(result.counts.values()) for result in results):
         print("no tests ran: that is a failure", file=sys.stderr)
         return 1

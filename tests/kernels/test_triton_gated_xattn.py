@@ -64,7 +64,9 @@ def any_spans(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
 
 
 @given(layout=any_spans(), chunks=st.integers(1, 3), seed=st.integers(0, 5))
-@example(layout=(43, [(9, 9), (11, 14), (24, 40)]), chunks=1, seed=3)  # the gate's gradient cancels to a hundredth
+@example(
+    layout=(43, [(9, 9), (11, 14), (24, 40)]), chunks=1, seed=3
+)  # the gate's gradient cancels to a hundredth
 @settings(max_examples=12, deadline=None)
 def test_any_spans(device, layout, chunks, seed):
     rows, spans = layout

@@ -32,7 +32,7 @@ def test_a_triton_that_cannot_be_had_is_told_and_fails_under_ci(
     assert result.ok is not ci
     assert result.counts == {"error" if ci else "skipped": 1}
     assert "no matching distribution" in capsys.readouterr().out
-    shown = run_tests.summary([result])
+    shown = run_tests.summary([result], 1.0)
     assert ("1 error" if ci else "1 skipped") in shown
     assert [path.name for path in tmp_path.rglob("*")] == ["flamingo-dist"], "nothing half-installed"
 
@@ -81,6 +81,5 @@ def test_paths_of_the_caller_replace_a_phases_own(
             return run_tests.NO_TESTS_COLLECTED
 
     monkeypatch.setattr("tools.run_tests.subprocess.Popen", Process)
-    monkeypatch.setattr("tools.run_tests.signal.signal", lambda *args: None)
     assert run_tests.run_phase("dry", extra).ok
     assert started[0][-len(extra + paths) :] == extra + paths
