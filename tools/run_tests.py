@@ -54,7 +54,10 @@ PHASES: dict[str, Phase] = {
         select=["-m", "modes", "-n", "2"], paths=_KERNELS, mode="dry", triton=OLDER_TRITON, beside=True
     ),
     "cuda": Phase(select=["-m", "modes"], paths=_KERNELS, mode="cuda"),
-    "distributed": Phase(select=["-m", "distributed and not integration and not slow"]),
+    # By file: what a file starts (a Ray cluster, a whole run) its tests share.
+    "distributed": Phase(
+        select=["-m", "distributed and not integration and not slow", "-n", "2", "--dist", "loadfile"]
+    ),
     "slow": Phase(select=["-m", "slow", "-s"]),
     "integration": Phase(select=["-m", "integration"]),
 }
