@@ -108,6 +108,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         ]
     out = ["--device", "cuda", "--out", str(folder)]
     kernels = [*bench, "kernels", *out, "--tests", junit, "--budget-seconds", "{budget}"]
+    kernels += ["--levels", "core", "layer"]
     return [
         Stage(name="tests", command=[*test, *_tests()], share=0.3 * limit, environment={"KMODE": "cuda"}),
         Stage(name="losses", command=[*bench, "losses", *out], share=0.08 * limit),

@@ -16,6 +16,7 @@ from jobs.bench.checking import red_ops
 from jobs.bench.plot import write_plot
 from jobs.bench.shapes import OPS
 
+LEVELS = (*sweep.LEVELS, "step")
 NO_GPU = "No CUDA device here, so nothing is timed. Roofline (arithmetic from shapes, ceilings of an H100):"
 
 
@@ -40,9 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-seconds", type=float, help="begin no shape after so long; default: no limit"
     )
     kernels.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="operations; default: all")
-    kernels.add_argument(
-        "--levels", nargs="+", choices=sweep.LEVELS, default=sweep.LEVELS, help="default: both"
-    )
+    kernels.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="default: all")
     kernels.add_argument(
         "--shapes", nargs="+", default=(), metavar="PART", help="shapes whose name holds a part"
     )
@@ -112,7 +111,7 @@ def _kernels(given: argparse.Namespace) -> int:
         tiny=given.tiny,
         budget_seconds=given.budget_seconds,
         ops=given.ops,
-        levels=given.levels,
+        levels=[level for level in sweep.LEVELS if level in given.levels],
         contenders=given.contenders,
         shapes=given.shapes,
         red=red_ops(given.tests) if given.tests else {},
@@ -126,6 +125,8 @@ def _kernels(given: argparse.Namespace) -> int:
         print(line, flush=True)
 
     results = sweep.run(config, after_task)
+    if "step" in given.levels:
+        _add_step(results, config)
     table = rows.write(results, given.out, "kernels")
     text = page.write_page(results)
     for path in filter(None, (given.out / "kernels.md", given.page)):
@@ -137,6 +138,20 @@ def _kernels(given: argparse.Namespace) -> int:
     if refused:
         print(f"NO SPEED, numbers or tests are red: {', '.join(refused)}")
     return 1 if refused else 0
+
+
+def _add_step(results: rows.Results, config: sweep.SweepConfig) -> None:
+    """Run a whole training step after a sweep that its budget did not cut off."""
+    missing = "the budget is spent" if results.environment["not_reached"] else layers.missing()
+    if missing:
+        print(f"step: left out: {missing}")
+        return
+    from jobs.bench.step import StepConfig, lines, run_step
+
+    found = run_step(StepConfig(device=config.device, tiny=config.tiny))
+    for line in lines(found.rows):
+        print(f"step: {line}", flush=True)
+    results.rows.extend(found.rows)
 
 
 def _step(given: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ HOW = """
 make bench                                    # flamingo bench kernels: everything, into runs/bench (hours on a GPU)
 flamingo bench kernels --budget-seconds 240   # the most important shapes first, the rest left
 flamingo bench kernels --ops gated_xattn --levels core --shapes 9B
-flamingo bench step                           # tokens/s of forward, backward and optimizer, reference and Triton
+flamingo bench step                           # the step level alone, other sizes: tokens/s, reference and Triton
 flamingo bench losses                         # a short fp32 training run against the same run on the CPU
 flamingo bench page benchmarks/results/*.json --page docs/benchmarks.md
 make gpu-check                                # kernel tests on the GPU and all of the above, in under nine minutes

@@ -154,8 +154,11 @@ def test_tiny_run_goes_the_whole_way(no_gpu, tmp_path, capsys):
     assert "no backward on a CPU" in status["core", "gated_xattn", "B4 Flex 64", "bwd"]["reason"]
     assert "needs CUDA" in status["core", "gated_xattn", "B5 varlen FA2", "fwd"]["reason"]
     assert status["layer", "gated_xattn", "reference", "fwd+bwd"]["status"] == "timed"
+    assert status["step", "Flamingo", "reference", "step"]["tokens_per_s"] > 0
+    assert "need CUDA" in status["step", "Flamingo", "triton", "step"]["reason"]
     text = (tmp_path / "kernels.md").read_text()
     assert "WITHOUT a GPU" in text
+    assert "## Whole step" in text
     assert "needs CUDA" in text
     assert (tmp_path / "kernels.csv").exists()
     assert command.main(["page", str(tmp_path / "kernels.json"), "--page", str(tmp_path / "p.md")]) == 2
