@@ -29,11 +29,14 @@ class HtmlConfig:
     """Largest page in bytes."""
     max_nodes: int = 500_000
     """Most elements and texts of a page; a hostile page of a few megabytes can hold millions."""
+    max_depth: int = 2_000
+    """Elements that may stand open at once before a page is too large: parsing takes time with the square of it."""
 
     def __post_init__(self) -> None:
-        if self.max_bytes < 1 or self.max_nodes < 1:
+        if min(self.max_bytes, self.max_nodes, self.max_depth) < 1:
             raise ValueError(
-                f"html.max_bytes {self.max_bytes}, html.max_nodes {self.max_nodes}: both must be at least 1"
+                f"html.max_bytes {self.max_bytes}, html.max_nodes {self.max_nodes}, html.max_depth {self.max_depth}: "
+                "all must be at least 1"
             )
 
 

@@ -19,6 +19,43 @@ _PARAGRAPHS = frozenset(
 )
 _LINES = frozenset({"br", "li", "dt", "dd", "tr", "figcaption", "caption", "summary", "option", "legend"})
 _CELLS = frozenset({"td", "th"})
+_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
+_CLOSED_BY_OTHERS = frozenset(
+    {
+        "p",
+        "li",
+        "dt",
+        "dd",
+        "tr",
+        "td",
+        "th",
+        "tbody",
+        "thead",
+        "tfoot",
+        "colgroup",
+        "option",
+        "optgroup",
+        "rp",
+        "rt",
+    }
+    | {
+        "area",
+        "base",
+        "br",
+        "col",
+        "embed",
+        "hr",
+        "img",
+        "input",
+        "link",
+        "meta",
+        "source",
+        "track",
+        "wbr",
+        "param",
+    }
+)
+"""Elements that hold nothing, or that often have no end tag of their own."""
 _META_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.\-]{1,40})""", re.I)
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _LAZY = ("data-src", "data-original", "data-lazy-src")
@@ -65,8 +102,10 @@ def read_page(html: str, config: HtmlConfig) -> Page:
     The tree is walked without recursion: pages nest elements thousands deep.
 
     Raises:
-        BadSampleError: "page too large" for more nodes than are allowed.
+        BadSampleError: "page too large" for more nodes, or more of them open at once, than are allowed.
     """
+    if _depth(html) > config.max_depth:
+        raise BadSampleError("page too large", f"more than {config.max_depth} elements open at once")
     tree = LexborHTMLParser(html)
     reader = _Reader(config)
     base = tree.css_first("base[href]")
@@ -74,6 +113,16 @@ def read_page(html: str, config: HtmlConfig) -> Page:
     if root is not None:
         reader.walk(root)
     return Page(reader.finish(), (base.attributes.get("href") or "") if base is not None else "")
+
+
+def _depth(html: str) -> int:
+    """Return how many elements stand open at once at most, by their tags; a parser would take the square of it."""
+    open_now = deepest = 0
+    for end, name in _TAG.findall(html):
+        if name.lower() not in _CLOSED_BY_OTHERS:
+            open_now = max(0, open_now - 1) if end else open_now + 1
+            deepest = max(deepest, open_now)
+    return deepest
 
 
 class _Reader:
