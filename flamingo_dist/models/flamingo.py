@@ -47,7 +47,12 @@ class FlamingoConfig:
         pairs = [
             ("resampler.feature_width", self.resampler.feature_width, "vision.width", self.vision.width),
             ("gated.width", self.gated.width, "lm.width", self.lm.width),
-            ("gated.media_width", self.gated.media_width, "resampler.output_width", self.resampler.output_width),
+            (
+                "gated.media_width",
+                self.gated.media_width,
+                "resampler.output_width",
+                self.resampler.output_width,
+            ),
         ]
         for left, a, right, b in pairs:
             if a != b:
@@ -217,9 +222,7 @@ class Flamingo(nn.Module):
                         preserve_rng_state=False,
                     )
                 else:
-                    x_TBD = _run_block(
-                        gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv
-                    )
+                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)

@@ -22,7 +22,9 @@ def hf_lm_config(url: str) -> LMConfig:
     try:
         stated: Stated = json.loads(file.read_all())
     except FileNotFoundError as error:
-        raise ValueError(f"{url} has no config.json beside the weights; give a Hugging Face folder.") from error
+        raise ValueError(
+            f"{url} has no config.json beside the weights; give a Hugging Face folder."
+        ) from error
     family = stated.get("model_type")
     if family not in _READERS:
         raise ValueError(f"{url} is a {family!r} model; known are {', '.join(_READERS)}.")

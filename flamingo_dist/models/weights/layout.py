@@ -108,7 +108,9 @@ class _Builder:
         yield from self._norm("pre_mlp_layernorm", prefix + names.mlp_norm, width)
         qkv = tuple(prefix + name for name in names.qkv)
         sizes = (inner, groups * config.head_dim, groups * config.head_dim)
-        yield from self._linear("self_attention.linear_qkv", "heads", qkv, sizes, width, config.bias != "none")
+        yield from self._linear(
+            "self_attention.linear_qkv", "heads", qkv, sizes, width, config.bias != "none"
+        )
         proj = (prefix + names.proj,)
         yield from self._linear("self_attention.linear_proj", "columns", proj, (width,), inner, all_biased)
         up = tuple(prefix + name for name in (names.up if config.gated else names.up[-1:]))

@@ -90,6 +90,8 @@ class RangeFile:
                 raise
             except Exception as error:
                 if attempt == ATTEMPTS:
-                    raise OSError(f"{self.url}, {attempt} attempts: {type(error).__name__}: {error}") from error
+                    raise OSError(
+                        f"{self.url}, {attempt} attempts: {type(error).__name__}: {error}"
+                    ) from error
             time.sleep(0.1 * 2 ** (attempt - 1))
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -52,7 +52,9 @@ class SafetensorsSource:
         for file in self.files.values():
             for name, tensor in _read_header(file).items():
                 if name in self._tensors:
-                    raise ValueError(f"tensor {name} is in both {self._tensors[name].file.url} and {file.url}.")
+                    raise ValueError(
+                        f"tensor {name} is in both {self._tensors[name].file.url} and {file.url}."
+                    )
                 self._tensors[name] = tensor
 
     @property
@@ -141,7 +143,9 @@ def _read_header(file: RangeFile) -> dict[str, StoredTensor]:
         file.read_into(memoryview(blob), 8)
         entries = json.loads(bytes(blob))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file.url} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{file.url} cannot be read as safetensors: {type(error).__name__}: {error}"
+        ) from error
     entries.pop("__metadata__", None)
     tensors = {}
     for name, entry in entries.items():
@@ -151,7 +155,9 @@ def _read_header(file: RangeFile) -> dict[str, StoredTensor]:
             # Masks and counters beside the weights; whoever wants such a tensor learns its dtype by its name.
             dtype = torch.uint8 if entry["dtype"] in ("U8", "BOOL") else _refuse(file, name, entry["dtype"])
         if stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{file.url}: tensor {name} has {stop - start} bytes, its shape {shape} wants others.")
+            raise ValueError(
+                f"{file.url}: tensor {name} has {stop - start} bytes, its shape {shape} wants others."
+            )
         tensors[name] = StoredTensor(file=file, dtype=dtype, shape=shape, start=8 + size + start)
     return tensors
 

@@ -99,9 +99,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_llama(str(tmp_path), tied=True)
     config = read_lm_config(str(tmp_path))
     open_lm_weights(config)
-    with pytest.raises(ValueError, match=r"missing \['model.layers.3.input_layernorm.weight'.*\(9 in all\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"missing \['model.layers.3.input_layernorm.weight'.*\(9 in all\)\.$"
+    ):
         open_lm_weights(replace(config, num_layers=4))
-    with pytest.raises(ValueError, match=r"surplus \['model.layers.2.input_layernorm.weight'.*\(9 in all\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"surplus \['model.layers.2.input_layernorm.weight'.*\(9 in all\)\.$"
+    ):
         open_lm_weights(replace(config, num_layers=2))
     shape = r"model.layers.0.mlp.gate_proj.weight is \(72, 48\) and should be \(80, 48\)"
     with pytest.raises(ValueError, match=rf"misshaped \['{shape}'.*\(9 in all\)\.$"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flamingo_dist.models.weights import read_lm_config
-from tests.flamingo_dist.models.lm_oracles import VOCAB, edit_config, save_oracles
+from tests.flamingo_dist.models.lm_oracles import VOCAB, save_oracles
 from tests.flamingo_dist.models.test_lm import lm_logits, load_lm
 
 SEGMENTS = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3], [1] * 7 + [2] * 5])
