@@ -22,7 +22,7 @@ def attention(
         q_BHTK: queries, [B, H, T, K].
         k_BGSK: keys, [B, G, S, K].
         v_BGSK: values, [B, G, S, K].
-        mask: bool, broadcast to [B, H, T, S]; True may attend.
+        mask: broadcast to [B, H, T, S]; bool, True may attend, or floating, added to the scores.
         is_causal: row t sees keys up to t.
 
     Returns:
@@ -31,6 +31,7 @@ def attention(
     dtype = q_BHTK.dtype
     if q_BHTK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         q_BHTK, k_BGSK, v_BGSK = q_BHTK.float(), k_BGSK.float(), v_BGSK.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     out_BHTK = F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,

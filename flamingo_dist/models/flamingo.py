@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flamingo_dist.models.attention import KeyValueCache
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
-from flamingo_dist.models.lm import LanguageModel
+from flamingo_dist.models.lm import BlockInputs, LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
-from flamingo_dist.models.megatron import KeyValueCache, segment_mask, segment_positions
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
@@ -47,7 +47,12 @@ class FlamingoConfig:
         pairs = [
             ("resampler.feature_width", self.resampler.feature_width, "vision.width", self.vision.width),
             ("gated.width", self.gated.width, "lm.width", self.lm.width),
-            ("gated.media_width", self.gated.media_width, "resampler.width", self.resampler.width),
+            (
+                "gated.media_width",
+                self.gated.media_width,
+                "resampler.output_width",
+                self.resampler.output_width,
+            ),
         ]
         for left, a, right, b in pairs:
             if a != b:
@@ -83,7 +88,7 @@ class FlamingoOutput(NamedTuple):
     nll_BT: Tensor | None
     """fp32 [B, T] nats, zero at ignored targets, where targets were given."""
     latents_BMRE: Tensor
-    """[B, M, R, E], to be passed back instead of the media."""
+    """[B, M, R, E] (of the gated blocks' media width), to be passed back instead of the media."""
 
 
 class Flamingo(nn.Module):
@@ -196,12 +201,7 @@ class Flamingo(nn.Module):
                 "segments_BT with a cache: packed rows are for training; generate from one sample a row."
             )
         offset = 0 if cache is None else cache.length
-        mask_B1TT = None if segments_BT is None else segment_mask(segments_BT)
-        if segments_BT is None:
-            rotary = self.lm.rotary(tokens_BT.shape[1], offset=offset, device=tokens_BT.device)
-        else:
-            rotary = self.lm.rotary_at(segment_positions(segments_BT))
-        x_TBD = self.lm.vocabulary(tokens_BT).transpose(0, 1).contiguous()
+        x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
         blocks = self._gated_blocks()
         with self.lm.caching(cache):
             for i, layer in enumerate(self.lm.layers):
@@ -216,16 +216,13 @@ class Flamingo(nn.Module):
                         x_TBD,
                         latents_BMRE,
                         media_index_BT,
-                        rotary,
+                        inputs,
                         media_kv,
-                        mask_B1TT,
                         use_reentrant=False,
                         preserve_rng_state=False,
                     )
                 else:
-                    x_TBD = _run_block(
-                        gated, layer, x_TBD, latents_BMRE, media_index_BT, rotary, media_kv, mask_B1TT
-                    )
+                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
@@ -270,12 +267,10 @@ def _run_block(
     x_TBD: Tensor,
     latents_BMRE: Tensor,
     media_index_BT: Tensor,
-    rotary: Tensor,
+    inputs: BlockInputs,
     media_kv: MediaKV | None,
-    mask_B1TT: Tensor | None,
 ) -> Tensor:
     """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
     if gated is not None:
         x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
-    x_TBD, _ = layer(x_TBD, attention_mask=mask_B1TT, rotary_pos_emb=rotary)
-    return x_TBD
+    return run_layer(layer, x_TBD, inputs)

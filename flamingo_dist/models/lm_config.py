@@ -1,12 +1,40 @@
 """Configuration of the frozen language model."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Naming = Literal["llama", "opt", "gpt2", "mpt", "mosaic_gpt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """LLaMA-3's stretching of the slow rotary frequencies ("llama3" in Hugging Face configurations)."""
+
+    factor: float
+    """Frequencies with wavelengths beyond `original_positions / low_freq` are divided by this."""
+    low_freq: float
+    """Turns in the original context below which a frequency is divided whole."""
+    high_freq: float
+    """Turns in the original context above which a frequency stays; between the two it is blended."""
+    original_positions: int
+    """Context length of the first pretraining."""
+
+    def __post_init__(self) -> None:
+        """Reject a blend without a range."""
+        if not 0 < self.low_freq < self.high_freq or self.factor <= 0:
+            raise ValueError(
+                f"rope_scaling has factor={self.factor}, low_freq={self.low_freq}, high_freq={self.high_freq}; "
+                "the factor must be positive and 0 < low_freq < high_freq."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig:
-    """A decoder-only language model of the LLaMA family."""
+    """A decoder-only language model: pre-norm blocks of attention and feed-forward part, in settings.
+
+    LLaMA, Qwen2, Qwen3, OPT, GPT-2, MPT and Chinchilla are values of these fields, not classes;
+    `flamingo_dist.models.weights.read_lm_config` sets them from a published configuration.
+    """
 
     vocab_size: int
     """Entries of the frozen vocabulary; `<image>` and `<EOC>` come after them."""
@@ -22,22 +50,52 @@ class LMConfig:
     """Head width K."""
     ffn_width: int
     """Hidden width of the feed-forward part."""
-    activation: Literal["silu_gated", "gelu"] = "silu_gated"
-    """Feed-forward activation: gated SiLU (LLaMA) or GeLU (Chinchilla)."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Normalisation before attention, before the feed-forward part and before the head."""
+    activation: Literal["silu_gated", "gelu", "gelu_tanh", "relu"] = "silu_gated"
+    """Feed-forward activation: gated SiLU (LLaMA, Qwen), GeLU (Chinchilla, MPT), its tanh form (GPT-2), ReLU (OPT)."""
+    norm: Literal["rms", "layer", "layer_no_bias"] = "rms"
+    """Normalisation before attention, before the feed-forward part and before the head: RMSNorm (LLaMA, Qwen,
+    Chinchilla), LayerNorm (OPT, GPT-2), LayerNorm without a shift (MPT)."""
     norm_eps: float = 1e-5
     """Epsilon of the normalisation."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Linear layers with a bias: none, queries, keys and values (Qwen2), or all of a block (OPT, GPT-2)."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """Normalise queries and keys: each head by itself (Qwen3), or all heads together (MPT-1B)."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to this magnitude (some MPT models); None does not."""
+    positions: Literal["rotary", "relative", "alibi", "learned"] = "rotary"
+    """How positions enter: rotary (LLaMA, Qwen), Transformer-XL's relative ones (Chinchilla), ALiBi's slopes (MPT),
+    or a learned table beside the embedding (OPT, GPT-2)."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """LLaMA-3's stretching of the rotary frequencies."""
+    alibi_max: float = 8.0
+    """ALiBi: minus the binary logarithm of the flattest slope."""
+    max_positions: int = 2048
+    """Learned positions: the longest text; the other kinds have no table to run out of."""
+    position_offset: int = 0
+    """Learned positions: rows of the table before position 0 (2 in OPT)."""
     tied: bool = True
     """Whether the head uses the embedding's weights."""
     weights: str | None = None
-    """A `.gguf` file or a folder of Hugging Face safetensors; None draws random frozen weights."""
+    """A `.gguf` file, or a folder of Hugging Face safetensors at any fsspec URL; None draws random frozen weights."""
+    naming: Naming = "llama"
+    """Whose tensor names the published weights have; Qwen's are LLaMA's."""
 
     extra_like: tuple[int | None, int | None] = (None, None)
     """Ids whose published rows `<image>` and `<EOC>` start from; None starts near the mean of all rows. A token
     that ends a line is a good start for `<EOC>`: the LM already knows where one comes."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward part has a gate projection."""
+        return self.activation == "silu_gated"
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the table of learned positions, 0 where there is none."""
+        return self.max_positions + self.position_offset if self.positions == "learned" else 0
 
     def __post_init__(self) -> None:
         """Reject shapes that no layout could run."""
@@ -46,8 +104,17 @@ class LMConfig:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
                 "every key/value head must serve the same number of query heads."
             )
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "head_dim", "ffn_width"):
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "head_dim", "ffn_width", "max_positions")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        if self.head_dim % 2:
+        if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels.")
+        if self.positions == "relative" and self.width % 2:
+            raise ValueError(f"width {self.width} is odd: relative positions need pairs of sine and cosine.")
+        for name in ("activation", "norm", "bias", "qk_norm", "positions", "naming"):
+            allowed = get_args(type(self).__annotations__[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {allowed}.")
+        if self.rope_scaling is not None and self.positions != "rotary":
+            raise ValueError(f"rope_scaling needs positions='rotary', not {self.positions!r}.")

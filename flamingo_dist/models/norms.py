@@ -1,6 +1,6 @@
 """Norms of the new modules (arXiv v1 of the paper: LayerNorm on every attention and FFW input)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from flamingo_dist.models.linear import sum_grad_over_tp
 from kernels.dispatch import Implementation
 from kernels.dispatch_fused import add_layernorm
 
-NormKind = Literal["layer", "rms"]
+NormKind = Literal["layer", "rms", "layer_no_bias"]
+"""LayerNorm, RMSNorm, or LayerNorm with a scale alone."""
 
 
 class Norm(nn.Module):
@@ -25,8 +26,8 @@ class Norm(nn.Module):
         self, width: int, *, kind: NormKind, eps: float, per_head: bool, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        if kind not in ("layer", "rms"):
-            raise ValueError(f"norm={kind!r} is not known; choose 'layer' or 'rms'.")
+        if kind not in get_args(NormKind):
+            raise ValueError(f"norm={kind!r} is not known; choose one of {get_args(NormKind)}.")
         self.width = width
         self.kind = kind
         self.eps = eps

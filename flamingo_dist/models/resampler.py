@@ -32,7 +32,7 @@ class ResamplerConfig:
     feature_width: int
     """C: channels of the vision encoder's features; mapped linearly to `width` where they differ."""
     width: int = 1536
-    """E: width of the latents, and of the keys and values that the gated blocks read."""
+    """E: width of the latents."""
     depth: int = 6
     """Number of layers, each with weights of its own."""
     latents: int = 64
@@ -53,6 +53,9 @@ class ResamplerConfig:
     """Epsilon of all norms."""
     qk_norm: bool = False
     """Normalise each head's queries and keys, as IDEFICS does."""
+    out_width: int | None = None
+    """Width of the latents that are handed on, mapped linearly before the last norm; None hands on `width`. Table 5
+    counts keys and values of the gated blocks as reading the LM's width, so such a map must exist."""
     init_std: float | None = None
     """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s own."""
     latents_std: float = 0.02
@@ -83,11 +86,17 @@ class ResamplerConfig:
             "head_dim",
             "ffw_mult",
             "frames",
+            "output_width",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"ResamplerConfig.{name}={getattr(self, name)} must be at least 1.")
         check_activation(self.activation)
         check_implementation(self.implementation)
+
+    @property
+    def output_width(self) -> int:
+        """Width of the latents that are handed on."""
+        return self.width if self.out_width is None else self.out_width
 
     @property
     def ffw_width(self) -> int:
@@ -216,7 +225,12 @@ class PerceiverResampler(nn.Module):
                 config.feature_width, config.width, std=config.std(config.feature_width), dtype=dtype
             )
         self.layers = nn.ModuleList(PerceiverLayer(config, dtype=dtype) for _ in range(config.depth))
-        self.norm = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+        self.widen: nn.Module | None = None
+        if config.output_width != config.width:
+            self.widen = replicated_linear(
+                config.width, config.output_width, std=config.std(config.width), dtype=dtype
+            )
+        self.norm = build_norm(config.output_width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         if config.shared_feature_kv:
             self.register_forward_pre_hook(_add_anchor, with_kwargs=True)
 
@@ -231,7 +245,7 @@ class PerceiverResampler(nn.Module):
             anchor: 0-dim zero that a hook passes where ZeRO-3 needs it, see `_add_anchor`; not for callers.
 
         Returns:
-            [N, R, E] latents in the dtype of the parameters.
+            [N, R, E] latents in the dtype of the parameters, E = `output_width`.
 
         Raises:
             ValueError: the shape does not fit the configuration, or a video for a resampler with one temporal
@@ -254,7 +268,7 @@ class PerceiverResampler(nn.Module):
             shared = [*shared_feature_kv(features_NJE, attentions)]
         for layer, feature_kv in zip(self.layers, shared, strict=True):
             x_NRE = layer(features_NJE, x_NRE, mask_NJ, feature_kv)
-        out_NRE: Tensor = self.norm(x_NRE)
+        out_NRE: Tensor = self.norm(x_NRE if self.widen is None else self.widen(x_NRE))
         return out_NRE
 
     def _check(self, features_NFSC: Tensor, frame_mask_NF: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.planning.workload import DatasetShape, Workload, tiny_layers
 
 EFFICIENTNET_FLOPS_224 = 2 * 0.39e9
@@ -69,6 +70,7 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
     """
     tokens, media = data.rows * data.tokens, data.rows * data.media
     lm = model.lm
+    distances, scores = relative_flops(lm, data)
     return {
         "vision": PartFlops(
             linear=media * data.frames * vision_frame(model) if data.pixels else 0.0,
@@ -78,21 +80,35 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
         "resampler": resampler(model, media, data.frames),
         "gated": gated(model, tokens, media, data.media, recomputed=checkpointing),
         "lm": PartFlops(
-            linear=2.0 * tokens * lm.num_layers * _lm_weights(model),
+            linear=2.0 * tokens * lm.num_layers * _lm_weights(model) + distances + scores,
             attention=2.0 * tokens * (data.tokens + 1) * lm.num_layers * lm.num_heads * lm.head_dim,
             trainable=False,
             skipped=2.0 * tokens * lm.num_layers * lm.width * lm.ffn_width,
             recomputed=checkpointing,
+            no_input_gradient=distances,
         ),
         "head": PartFlops(linear=2.0 * tokens * lm.width * lm.vocab_size, trainable=False),
     }
+
+
+def relative_flops(lm: LMConfig, data: DatasetShape) -> tuple[float, float]:
+    """Return the forward operations that relative positions add to all blocks.
+
+    First the projection of the distances: once for a batch, whatever its rows, by every data-parallel rank, of which
+    one is counted. Then the scores of queries and distances, of which none is masked before the shift; their
+    backward is one product, as a linear layer's with frozen weights is.
+    """
+    if lm.positions != "relative":
+        return 0.0, 0.0
+    inner = lm.num_layers * lm.num_heads * lm.head_dim
+    return 2.0 * data.tokens * lm.width * inner, 2.0 * data.rows * data.tokens**2 * inner
 
 
 def _lm_weights(model: FlamingoConfig) -> int:
     """Return the matrix elements of one LM block."""
     lm = model.lm
     attention = (2 * lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim * lm.width
-    return attention + lm.width * lm.ffn_width * (3 if lm.activation == "silu_gated" else 2)
+    return attention + lm.width * lm.ffn_width * (3 if lm.gated else 2)
 
 
 def vision_frame(model: FlamingoConfig) -> float:
@@ -111,9 +127,10 @@ def resampler(model: FlamingoConfig, media: int, frames: int) -> PartFlops:
     linear = r.depth * (latents + features * 2 * r.width * inner)
     # The projection reads the frozen encoder's features.
     project = features * r.feature_width * r.width if r.feature_width != r.width else 0
+    widen = r.latents * r.width * r.output_width if r.output_width != r.width else 0
     attention = r.depth * 2 * r.latents * (features + r.latents) * inner
     return PartFlops(
-        linear=2.0 * media * (linear + project),
+        linear=2.0 * media * (linear + project + widen),
         attention=2.0 * media * attention,
         no_input_gradient=2.0 * media * project,
     )

@@ -26,7 +26,7 @@ class ParameterCounts:
     extra: int
     """Trainable rows of the vocabulary, of the embedding and of the head."""
     lm_blocks: int
-    """Frozen LM blocks and final norm."""
+    """Frozen LM blocks, final norm and learned positions."""
     vocabulary: int
     """Frozen embedding, and head where it is not tied."""
     lm_block: int
@@ -60,7 +60,7 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
         resampler=resampler(model.resampler, tp),
         gated=gated * len(model.gated_positions()),
         extra=2 * NUM_EXTRA_TOKENS * lm.width,
-        lm_blocks=block * lm.num_layers + _norm(lm.norm, lm.width),
+        lm_blocks=block * lm.num_layers + _norm(lm.norm, lm.width) + lm.table_rows * lm.width,
         vocabulary=vocabulary * (1 if lm.tied else 2),
         lm_block=block,
         gated_block=gated,
@@ -80,9 +80,22 @@ def vision(model: FlamingoConfig) -> int:
 
 def lm_block(lm: LMConfig, tp: int) -> int:
     """Count one frozen block."""
-    attention = (2 * lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim * lm.width
-    ffw = lm.width * lm.ffn_width * (3 if lm.activation == "silu_gated" else 2)
-    return (attention + ffw) // tp + 2 * _norm(lm.norm, lm.width)
+    queries, keys = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    hidden = lm.ffn_width * (2 if lm.gated else 1)
+    sharded = (2 * queries + 2 * keys) * lm.width + (hidden + lm.ffn_width) * lm.width
+    whole = 2 * _norm(lm.norm, lm.width)
+    if lm.bias != "none":
+        sharded += queries + 2 * keys
+    if lm.bias == "all":
+        sharded += hidden
+        whole += 2 * lm.width  # of the projections that end in a sum over ranks
+    if lm.positions == "relative":
+        sharded += queries * lm.width + 2 * queries
+    if lm.qk_norm == "head":
+        whole += 2 * _norm(lm.norm, lm.head_dim)
+    elif lm.qk_norm == "width":
+        sharded += _norm(lm.norm, queries) + _norm(lm.norm, keys)
+    return sharded // tp + whole
 
 
 def gated_block(config: GatedBlockConfig, tp: int) -> int:
@@ -102,6 +115,7 @@ def resampler(config: ResamplerConfig, tp: int) -> int:
     heads = 2 * _norm(config.norm, config.head_dim) if config.qk_norm else 0
     layer = (4 * width * inner + ffw) // tp + 3 * _norm(config.norm, width) + heads
     project = config.feature_width * width if config.feature_width != width else 0
-    return (
-        config.depth * layer + project + (config.latents + config.frames) * width + _norm(config.norm, width)
-    )
+    if config.output_width != width:
+        project += width * config.output_width
+    learned = (config.latents + config.frames) * width
+    return config.depth * layer + project + learned + _norm(config.norm, config.output_width)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
-from flamingo_dist.models.weights import WeightSource, check_names, lm_shard, open_weights
+from flamingo_dist.models.weights import WeightSource, extra_start, lm_shard, open_lm_weights
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from flamingo_dist.parallel.zero import (
     building,
@@ -29,9 +29,7 @@ def parameter_values(
 
     The frozen LM's come from its published weights, the rest from the seed and the parameter's name.
     """
-    source = None if config.lm.weights is None else open_weights(config.lm.weights)
-    if source is not None:
-        check_names(source, config.lm)
+    source = None if config.lm.weights is None else open_lm_weights(config.lm)
     place = {"tp_rank": topology.tensor_rank, "tp_size": topology.tensor}
 
     def value_of(name: str, param: nn.Parameter) -> Tensor:
@@ -51,10 +49,8 @@ def _extra_rows(
     source: WeightSource, config: FlamingoConfig, param: nn.Parameter, name: str, seed: int
 ) -> Tensor:
     """Start the rows of `<image>` and `<EOC>` from published ones, apart by a little noise."""
-    stored = "lm_head.weight" if "head" in name and not config.lm.tied else "model.embed_tokens.weight"
-    rows = source.read(stored).float()
-    start = torch.stack([rows.mean(dim=0) if like is None else rows[like] for like in config.lm.extra_like])
-    noise = ParamTag(std=0.1 * float(rows.std(dim=0).mean()))
+    start, spread = extra_start(source, config.lm, head="head" in name)
+    noise = ParamTag(std=0.1 * spread)
     return start + draw(name, noise, param.shape, seed=seed, tp_rank=0, tp_size=1)
 
 

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 from jobs.config import RunConfig
 from jobs.recipes.demo import demo
 from jobs.recipes.large import flamingo_3b, flamingo_9b, flamingo_80b
+from jobs.recipes.public import (
+    gpt2_1b,
+    llama_1b,
+    llama_7b,
+    llama_70b,
+    mpt_1b,
+    mpt_7b,
+    opt_1b,
+    qwen_1b,
+    qwen_7b,
+    qwen_70b,
+)
 from jobs.recipes.smoke import prepare_smoke, smoke
 
 
@@ -25,4 +37,14 @@ RECIPES = {
     "flamingo_3b": Recipe(config=flamingo_3b),
     "flamingo_9b": Recipe(config=flamingo_9b),
     "flamingo_80b": Recipe(config=flamingo_80b),
+    "llama_1b": Recipe(config=llama_1b),
+    "llama_7b": Recipe(config=llama_7b),
+    "llama_70b": Recipe(config=llama_70b),
+    "qwen_1b": Recipe(config=qwen_1b),
+    "qwen_7b": Recipe(config=qwen_7b),
+    "qwen_70b": Recipe(config=qwen_70b),
+    "mpt_1b": Recipe(config=mpt_1b),
+    "mpt_7b": Recipe(config=mpt_7b),
+    "opt_1b": Recipe(config=opt_1b),
+    "gpt2_1b": Recipe(config=gpt2_1b),
 }

@@ -1,7 +1,9 @@
 """The paper's three sizes (tables 4 and 5), for GPUs.
 
-First versions: the LM has the paper's width and depth with rotary positions and random weights unless
-`model.lm.weights` names published ones, and the vision encoder is a stand-in until NFNet-F6 is here.
+The LM is Chinchilla's: Transformer-XL's relative positions, RMSNorm, GeLU, 32,000 tied embeddings. Its weights were
+never published, so they are random unless `model.lm.weights` names a folder; `jobs.recipes.public` has LMs that are
+public. Table 5 counts 12 D^2 a gated block: its keys and values read the LM's width, so the resampler ends in a map
+to it. The vision encoder is a stand-in until NFNet-F6 is here.
 """
 
 from typing import Any
@@ -40,19 +42,22 @@ def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConf
             head_dim=128,
             ffn_width=4 * width,
             activation="gelu",
+            positions="relative",
         ),
         vision=vision,
-        resampler=ResamplerConfig(feature_width=vision.width, width=WIDTH, latents=64),
+        resampler=ResamplerConfig(feature_width=vision.width, width=WIDTH, latents=64, out_width=width),
         gated=GatedBlockConfig(
-            width=width, media_width=WIDTH, heads=heads, head_dim=128, ffw_hidden=4 * width
+            width=width, media_width=width, heads=heads, head_dim=128, ffw_hidden=4 * width
         ),
         cross_every=every,
     )
 
 
-def _data(batch: int, root: str = "s3://YOUR-BUCKET") -> DataConfig:
+def paper_data(
+    batch: int, *, vocab_size: int = VOCAB, image_size: int = IMAGE, root: str = "s3://YOUR-BUCKET"
+) -> DataConfig:
     """Return the paper's four data sets with the batch sizes of its ablations, scaled to `batch` documents."""
-    image: dict[str, Any] = {"image_size": IMAGE}
+    image: dict[str, Any] = {"image_size": image_size}
     train = {
         "m3w": DatasetConfig(
             name="m3w",
@@ -89,12 +94,15 @@ def _data(batch: int, root: str = "s3://YOUR-BUCKET") -> DataConfig:
     }
     return DataConfig(
         train=train,
-        tokenizer=TokenizerConfig(kind="hf", path=f"{root}/tokenizer", vocab_size=VOCAB),
+        tokenizer=TokenizerConfig(kind="hf", path=f"{root}/tokenizer", vocab_size=vocab_size),
         readers=ReaderConfig(readers=64, cpus_per_reader=1, prefetch=4),
     )
 
 
-def _run(name: str, network: FlamingoConfig, *, workers: int, tensor: int, batch: int) -> RunConfig:
+def large_run(
+    name: str, network: FlamingoConfig, data: DataConfig, *, workers: int, tensor: int
+) -> RunConfig:
+    """Return a run of the paper's schedule on `workers` GPUs in tensor-parallel groups of `tensor`."""
     return RunConfig(
         recipe=name,
         name=name,
@@ -108,14 +116,14 @@ def _run(name: str, network: FlamingoConfig, *, workers: int, tensor: int, batch
         resources=ResourceConfig(
             workers=workers, cpus_per_worker=4, threads_per_worker=4, use_gpu=True, max_failures=3
         ),
-        data=_data(batch),
+        data=data,
     )
 
 
 def flamingo_3b() -> RunConfig:
     """Return Flamingo-3B: LM of 24 blocks of width 2048, a gated block before every one; 8 GPUs."""
     network = _network(layers=24, width=2048, heads=16, every=1)
-    return _run("flamingo_3b", network, workers=8, tensor=1, batch=256)
+    return large_run("flamingo_3b", network, paper_data(256), workers=8, tensor=1)
 
 
 def flamingo_9b() -> RunConfig:
@@ -124,10 +132,10 @@ def flamingo_9b() -> RunConfig:
     32 and not table 4's 40: only 32 blocks give table 5's parameter counts.
     """
     network = _network(layers=32, width=4096, heads=32, every=4)
-    return _run("flamingo_9b", network, workers=32, tensor=2, batch=512)
+    return large_run("flamingo_9b", network, paper_data(512), workers=32, tensor=2)
 
 
 def flamingo_80b() -> RunConfig:
     """Return Flamingo-80B: LM of 80 blocks of width 8192, a gated block before every 7th; 256 GPUs."""
     network = _network(layers=80, width=8192, heads=64, every=7)
-    return _run("flamingo_80b", network, workers=256, tensor=8, batch=1024)
+    return large_run("flamingo_80b", network, paper_data(1024), workers=256, tensor=8)

@@ -1,13 +1,14 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flamingo_dist.models.lm import LanguageModel
+from flamingo_dist.models.attention import KeyValueCache
+from flamingo_dist.models.lm import LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
-from flamingo_dist.models.megatron import KeyValueCache
-from flamingo_dist.models.weights import check_names, lm_shard, open_weights, read_lm_config
+from flamingo_dist.models.weights import lm_shard, open_lm_weights, read_lm_config
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.parallel.zero import fill_parameters
 
@@ -32,10 +33,8 @@ def tiny_llama(folder: str, *, tied: bool, heads: int = 6, kv_heads: int = 6) ->
     return model
 
 
-def our_logits(topology: Topology, folder: str, tokens_BT: torch.Tensor, cached: bool) -> torch.Tensor:
-    config = read_lm_config(folder)
-    source = open_weights(folder)
-    check_names(source, config)
+def load_lm(topology: Topology, config: LMConfig) -> LanguageModel:
+    source = open_lm_weights(config)
     lm = LanguageModel(config, torch.float32)
 
     def value_of(name: str, param: Any) -> torch.Tensor:
@@ -46,20 +45,30 @@ def our_logits(topology: Topology, folder: str, tokens_BT: torch.Tensor, cached:
         )
 
     fill_parameters(lm, value_of)
+    return lm
+
+
+def lm_logits(
+    lm: LanguageModel, tokens_BT: torch.Tensor, cached: bool, segments_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of all tokens at once, or of five and then one at a time."""
     cache = KeyValueCache() if cached else None
     parts = tokens_BT.split([5] + [1] * (tokens_BT.shape[1] - 5), dim=1) if cached else [tokens_BT]
     out = []
     with torch.no_grad():
         for part in parts:
-            x = lm.vocabulary(part).transpose(0, 1).contiguous()
-            rotary = lm.rotary(part.shape[1], offset=cache.length if cache else 0, device=x.device)
+            x, inputs = lm.embed(part, segments_BT=segments_BT, offset=cache.length if cache else 0)
             with lm.caching(cache):
                 for layer in lm.layers:
-                    x, _ = layer(x, attention_mask=None, rotary_pos_emb=rotary)
+                    x = run_layer(layer, x, inputs)
             if cache:
                 cache.length += part.shape[1]
             out.append(lm.vocabulary(lm.final_norm(x).transpose(0, 1), as_head=True))
-    return torch.cat(out, dim=1)[..., : config.vocab_size]
+    return torch.cat(out, dim=1)[..., : lm.config.vocab_size]
+
+
+def our_logits(topology: Topology, folder: str, tokens_BT: torch.Tensor, cached: bool) -> torch.Tensor:
+    return lm_logits(load_lm(topology, read_lm_config(folder)), tokens_BT, cached)
 
 
 @pytest.mark.distributed
@@ -89,16 +98,24 @@ def test_grouped_queries_and_cache(ranks, tmp_path, kv_heads):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     tiny_llama(str(tmp_path), tied=True)
     config = read_lm_config(str(tmp_path))
-    deeper = LMConfig(**{**vars(config), "num_layers": 4})
-    with pytest.raises(ValueError, match=r"missing \['model.layers.3.input_layernorm.weight'"):
-        check_names(open_weights(str(tmp_path)), deeper)
-    wider = LMConfig(**{**vars(config), "ffn_width": 80})
+    open_lm_weights(config)
+    with pytest.raises(
+        ValueError, match=r"missing \['model.layers.3.input_layernorm.weight'.*\(9 in all\)\.$"
+    ):
+        open_lm_weights(replace(config, num_layers=4))
+    with pytest.raises(
+        ValueError, match=r"surplus \['model.layers.2.input_layernorm.weight'.*\(9 in all\)\.$"
+    ):
+        open_lm_weights(replace(config, num_layers=2))
+    shape = r"model.layers.0.mlp.gate_proj.weight is \(72, 48\) and should be \(80, 48\)"
+    with pytest.raises(ValueError, match=rf"misshaped \['{shape}'.*\(9 in all\)\.$"):
+        open_lm_weights(replace(config, ffn_width=80))
     with pytest.raises(ValueError, match=r"layers.0.mlp.linear_fc1.weight needs shape \(160, 48\)"):
         lm_shard(
-            open_weights(str(tmp_path)),
+            open_lm_weights(config),
             "layers.0.mlp.linear_fc1.weight",
             torch.Size((160, 48)),
-            wider,
+            replace(config, ffn_width=80),
             tp_rank=0,
-            tp_size=1,
+            tp_size=2,
         )

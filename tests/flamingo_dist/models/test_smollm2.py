@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flamingo_dist.models.weights import open_weights, read_lm_config
+from flamingo_dist.models.weights import open_lm_weights, read_lm_config
 from jobs.demo.fetch import fetch_parts, find_parts
 from jobs.demo.sources import LANGUAGE_MODEL
 from tests.flamingo_dist.models.test_lm import our_logits
@@ -39,8 +39,8 @@ def expected(gguf: str) -> tuple[torch.Tensor, torch.Tensor]:
         rope_theta=ours.rope_base,
         tie_word_embeddings=True,
     )
-    source = open_weights(gguf)
-    state = {name: source.read(name) for name in source.names()}
+    source = open_lm_weights(ours)
+    state = {name: source.read(name) for name in source.shapes()}
     oracle = LlamaForCausalLM(config).eval()
     missing, surplus = oracle.load_state_dict(state, strict=False)
     assert missing == ["lm_head.weight"]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import single_process
-from flamingo_dist.planning.flops import dataset_flops, gated, resampler
+from flamingo_dist.planning.flops import dataset_flops, gated, relative_flops, resampler
 from flamingo_dist.planning.workload import DatasetShape
 from tests.tiny import network
 
@@ -71,6 +71,31 @@ def test_linear_layers_equal_torchs_counter(checkpointing, activation):
         p.linear + p.recomputed * (p.linear - p.skipped) + p.backward_linear for p in parts.values()
     )
     assert linear(whole) == expected + 3 * rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_relative_positions_equal_torchs_counter(checkpointing):
+    base = network()
+    config = replace(
+        base,
+        lm=replace(base.lm, positions="relative", activation="gelu"),
+        resampler=replace(base.resampler, out_width=32),
+        gated=replace(base.gated, media_width=32),
+    )
+    data = DatasetShape(name="d", rows=ROWS, tokens=TOKENS, media=MEDIA, frames=FRAMES)
+    parts = dataset_flops(config, data, checkpointing=checkpointing)
+    forward, whole = counted(config, checkpointing=checkpointing)
+    rows = 2 * ROWS * TOKENS * config.lm.width * 2
+    distances, scores = relative_flops(config.lm, data)
+    assert min(distances, scores) > 0
+    # With a bias that wants a gradient torch's attention on CPUs goes through bmm too, two products of this size.
+    assert forward["bmm"] == 3 * scores
+    assert whole["bmm"] == (3 + 1 + 4 + 3 * checkpointing) * scores
+    assert linear(forward) + scores == sum(p.linear for p in parts.values()) + rows
+    expected = sum(
+        p.linear + p.recomputed * (p.linear - p.skipped) + p.backward_linear for p in parts.values()
+    )
+    assert linear(whole) + (2 + checkpointing) * scores == expected + 3 * rows
 
 
 def test_attention_by_hand():

@@ -43,6 +43,38 @@ def test_counts_of_the_variants(tp):
     assert_counts(replace(base, lm=lm, gated=gated, resampler=resampler, cross_phase="last"), tp)
 
 
+VARIANTS = {
+    "chinchilla": {"positions": "relative", "activation": "gelu"},
+    "qwen2": {"bias": "qkv", "rope_scaling": None},
+    "qwen3": {"qk_norm": "head"},
+    "opt": {
+        "positions": "learned",
+        "position_offset": 2,
+        "bias": "all",
+        "norm": "layer",
+        "activation": "relu",
+    },
+    "gated with biases": {"bias": "all"},
+    "mpt-1b": {"positions": "alibi", "norm": "layer_no_bias", "qk_norm": "width", "activation": "gelu"},
+    "wide norm with a shift": {"norm": "layer", "qk_norm": "width"},
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_of_language_models(variant, tp):
+    base = network()
+    assert_counts(replace(base, lm=replace(base.lm, **VARIANTS[variant])), tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_counts_of_a_resampler_that_widens(tp):
+    base = network()
+    resampler = replace(base.resampler, out_width=32)
+    gated = replace(base.gated, media_width=32)
+    assert_counts(replace(base, resampler=resampler, gated=gated), tp)
+
+
 @pytest.mark.parametrize("name", ["smoke", "flamingo_3b"])
 def test_the_encoder_counts_its_buffers(name):
     config = RECIPES[name].config().model

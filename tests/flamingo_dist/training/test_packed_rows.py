@@ -10,7 +10,7 @@ import torch
 from data_pipeline.formatting import TokenizedSample
 from data_pipeline.packing import pack_row
 from data_pipeline.schedule import WeightSchedule
-from flamingo_dist.models.megatron import segment_mask, segment_positions
+from flamingo_dist.models.positions import segment_mask, segment_positions
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.build import build_model

@@ -1,0 +1,72 @@
+"""Opening published weights: the right reader, the right names, and a check of all of them before anything is built."""
+
+import re
+
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.weights.gguf import GGUFSource, gguf_lm_config
+from flamingo_dist.models.weights.hugging_face import hf_lm_config
+from flamingo_dist.models.weights.layout import lm_layout
+from flamingo_dist.models.weights.naming import NAMES
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
+from flamingo_dist.models.weights.source import RenamedSource, WeightSource
+
+_SHOWN = 5
+
+
+def open_lm_weights(config: LMConfig) -> WeightSource:
+    """Open `config.weights` and check that it holds the tensors of `config`, no other ones, all of the right shape.
+
+    Raises:
+        ValueError: nothing readable is there, or naming what is missing, surplus or misshaped.
+    """
+    assert config.weights is not None, "a configuration without weights draws them"
+    path = config.weights
+    source: WeightSource = GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
+    source = _rooted(source, config)
+    _check(source, config)
+    return source
+
+
+def read_lm_config(path: str) -> LMConfig:
+    """Return the LM configuration that a GGUF file or a Hugging Face folder, at any fsspec URL, states.
+
+    Raises:
+        ValueError: there is none, or the model is none that this LM can be.
+    """
+    return gguf_lm_config(path) if path.endswith(".gguf") else hf_lm_config(path)
+
+
+def _rooted(source: WeightSource, config: LMConfig) -> WeightSource:
+    """Return the source with the names of a saved causal LM, whatever stands before the names in this export."""
+    names = NAMES[config.naming]
+    wanted, found = names.roots[0], source.shapes()
+    for root in names.roots:
+        if f"{root}{names.embedding}.weight" in found:
+            return source if root == wanted else RenamedSource(source, stored=root, wanted=wanted)
+    return source
+
+
+def _check(source: WeightSource, config: LMConfig) -> None:
+    """Raise `ValueError` unless the source holds what the configuration says."""
+    expected, found = lm_layout(config).stored, source.shapes()
+    missing = sorted(expected.keys() - found.keys())
+    surplus = sorted(name for name in found.keys() - expected.keys() if not _is_known_surplus(name, config))
+    wrong = [
+        f"{name} is {found[name]} and should be {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems = [
+        f"{what} {items[:_SHOWN]} ({len(items)} in all)"
+        for what, items in (("missing", missing), ("surplus", surplus), ("misshaped", wrong))
+        if items
+    ]
+    if problems:
+        raise ValueError(f"weights {config.weights} do not fit the LM configuration: {'; '.join(problems)}.")
+
+
+def _is_known_surplus(name: str, config: LMConfig) -> bool:
+    """Return whether exports of this family are known to hold a tensor that is no weight of ours."""
+    if config.tied and name.endswith("lm_head.weight"):
+        return True  # the embedding again
+    return re.search(NAMES[config.naming].ignored, name) is not None

@@ -1,0 +1,224 @@
+"""Slices of safetensors from local files, memory and a web server: values, bytes read, memory held, errors."""
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flamingo_dist.models.lm import LanguageModel
+from flamingo_dist.models.weights import extra as extra_rows
+from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights, read_lm_config
+from flamingo_dist.models.weights.ranges import RangeFile
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
+from flamingo_dist.parallel.topology import single_process
+from tests.data_pipeline.servers import flaky_server
+from tests.flamingo_dist.models.lm_oracles import MPT, VOCAB, edit_config, save_oracles
+from tests.flamingo_dist.models.test_lm import lm_logits, load_lm, our_logits
+from tests.flamingo_dist.planning.shapes import fake_world
+
+TOKENS = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return folder, save_oracles(folder)
+
+
+@pytest.mark.parametrize("max_gap", [0, 4096])
+def test_slices_equal_the_whole_tensor(tmp_path, monkeypatch, max_gap):
+    monkeypatch.setattr("flamingo_dist.models.weights.safetensors.BLOCK_BYTES", 100)
+    whole = torch.arange(13 * 11).view(13, 11)
+    save_file(
+        {"m": whole.bfloat16(), "v": torch.arange(9.0), "d": whole.double()}, tmp_path / "model.safetensors"
+    )
+    source = SafetensorsSource(str(tmp_path))
+    for file in source.files.values():
+        file.max_gap = max_gap
+    assert source.shapes() == {"m": (13, 11), "v": (9,), "d": (13, 11)}
+    for rows in (slice(None), slice(3, 7), slice(12, 13), slice(11, 20), slice(5, 5)):
+        torch.testing.assert_close(source.read("v", rows), torch.arange(9.0)[rows])
+        for columns in (slice(None), slice(0, 5), slice(4, 9), slice(10, 11)):
+            assert torch.equal(source.read("m", rows, columns), whole.bfloat16()[rows, columns])
+            assert torch.equal(source.read("d", rows, columns), whole.double()[rows, columns])
+
+
+@pytest.mark.distributed
+def test_an_http_server_and_memory_give_the_same_logits(ranks, saved):
+    folder, models = saved
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder / "qwen2") + "/", "/weights-test/qwen2/", recursive=True)
+    with torch.no_grad():
+        expected = {name: models[name](TOKENS).logits for name in ("qwen2", "gpt2")}
+    with single_process() as topology:
+        found = our_logits(topology, "memory://weights-test/qwen2", TOKENS, False)
+    torch.testing.assert_close(found, expected["qwen2"], atol=1e-4, rtol=0)
+    with flaky_server(folder, share=0.2, faults=("503", "reset", "cut")) as server:
+        for found in ranks.run(our_logits, f"{server.url}/gpt2", TOKENS, False, world=2, tensor=2):
+            torch.testing.assert_close(found, expected["gpt2"], atol=1e-4, rtol=0)
+        assert server.met["503"] + server.met["reset"] + server.met["cut"] > 0
+
+
+def test_a_rank_reads_only_its_slices(saved):
+    """Bytes of a local file: the rank's own, the headers and what all ranks hold whole; no more."""
+    folder, _ = saved
+    config = read_lm_config(str(folder / "llama"))
+    size = sum(file.stat().st_size for file in (folder / "llama").glob("*.safetensors"))
+    with fake_world(2, 2), torch.device("meta"):
+        shapes = {name: p.shape for name, p in LanguageModel(config, torch.float32).named_parameters()}
+    read = []
+    for rank in range(2):
+        source = open_lm_weights(config)
+        for file in source.files.values():
+            file.max_gap = 0
+        headers = source.bytes_read
+        for name, shape in shapes.items():
+            if ".extra" not in name:
+                lm_shard(source, name, shape, config, tp_rank=rank, tp_size=2)
+        read.append(source.bytes_read - headers)
+    norms = 5 * 48 * 4
+    assert sum(read) == size - headers + norms
+    assert max(read) < 0.51 * size
+
+
+MEASURE = """
+import resource, sys, torch
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
+url, threads = sys.argv[1], torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+source = SafetensorsSource(url)
+source.read("norm")
+before = peak()
+for name in source.shapes():
+    part = source.read(name, slice(None), slice(0, 512)) if name != "norm" else None
+    part = source.read(name, slice(0, 2048)) if name != "norm" else None
+print(peak() - before)
+"""
+
+
+def test_memory_beside_the_slice_is_one_block(tmp_path):
+    """A process reads eighths of matrices of 128 MiB, columns and rows: its peak grows by a slice and a block."""
+    tensors = {f"m{i}": torch.zeros(16_384, 4_096, dtype=torch.bfloat16) for i in range(2)}
+    save_file(tensors | {"norm": torch.zeros(8)}, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    grown = int(out.stdout.splitlines()[-1])
+    slice_bytes, block = 16_384 * 512 * 2, 32 << 20
+    assert slice_bytes <= grown <= 2 * slice_bytes + block + (8 << 20), grown / 2**20
+
+
+def test_mosaic_gpt_and_exports_without_a_root(saved, tmp_path):
+    """MPT-1B's names, and GPT-2 as its hub export has it: no root, buffers beside the weights."""
+    folder, models = saved
+    mosaic = {"norm_1": "ln_1", "norm_2": "ln_2", "norm_f": "ln_f", "ffn.up_proj": "mlp.mlp_up"}
+    mosaic |= {"ffn.down_proj": "mlp.mlp_down"}
+    renamed = {}
+    for name, value in load_file(folder / "mpt" / "model.safetensors").items():
+        for theirs, ours in mosaic.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    (tmp_path / "mosaic").mkdir()
+    save_file(renamed, tmp_path / "mosaic" / "model.safetensors")
+    stated = {**MPT, "model_type": "mosaic_gpt", "mlp_ratio": 4, "alibi": True, "attn_qk_ln": False}
+    (tmp_path / "mosaic" / "config.json").write_text(json.dumps(stated))
+    shutil.copytree(folder / "gpt2", tmp_path / "hub")
+    bare = {
+        n.removeprefix("transformer."): v for n, v in load_file(folder / "gpt2" / "model.safetensors").items()
+    }
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "hub" / "model.safetensors")
+    with single_process() as topology, torch.no_grad():
+        for name, oracle in (("mosaic", "mpt"), ("hub", "gpt2")):
+            lm = load_lm(topology, read_lm_config(str(tmp_path / name)))
+            expected = models[oracle](TOKENS).logits
+            torch.testing.assert_close(lm_logits(lm, TOKENS, False), expected, atol=1e-4, rtol=0)
+
+
+REFUSED = {
+    "llama": [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ({"model_type": "mamba"}, "'mamba' model; known are llama, qwen2"),
+    ],
+    "qwen2": [({"use_sliding_window": True}, "use_sliding_window=True")],
+    "opt": [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ({"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
+    ],
+    "gpt2": [({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True")],
+    "mpt": [({"attn_config": {"alibi": False}}, "alibi=False"), ({"logit_scale": 0.5}, "logit_scale=0.5")],
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_not_computed_is_refused(saved, tmp_path, family):
+    folder, _ = saved
+    for number, (change, words) in enumerate(REFUSED[family]):
+        place = tmp_path / str(number)
+        shutil.copytree(folder / family, place)
+        edit_config(place, **change)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read_lm_config(str(place))
+
+
+def test_damaged_files_are_named(saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder / "opt", tmp_path / "opt")
+    config, file = read_lm_config(str(tmp_path / "opt")), tmp_path / "opt" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    source = open_lm_weights(config)
+    last = max(source._tensors.items(), key=lambda item: item[1].start)[0]
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("flamingo_dist.models.weights.ranges.ATTEMPTS", 1)
+    with monkey.context(), pytest.raises(OSError, match=r"model.safetensors.* of \d+ bytes .*cut off"):
+        source.read(last)
+    monkey.undo()
+    file.write_bytes(struct.pack("<Q", 1 << 60) + whole[8:])
+    with pytest.raises(ValueError, match="no safetensors file"):
+        open_lm_weights(config)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
+        open_lm_weights(config)
+    with pytest.raises(ValueError, match=r"nowhere has no config.json"):
+        read_lm_config(str(tmp_path / "nowhere"))
+
+
+def test_a_server_without_ranges_is_sliced(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(200)))
+    with flaky_server(tmp_path, share=1.0, faults=("whole file",)) as server:
+        buffer = bytearray(20)
+        RangeFile(f"{server.url}/file").read_into(memoryview(buffer), 50)
+    assert buffer == bytes(range(50, 70))
+
+
+def test_extra_rows_start_near_the_mean_whatever_the_block(saved, monkeypatch):
+    folder, models = saved
+    config = replace(read_lm_config(str(folder / "llama")), extra_like=(None, 7))
+    source = open_lm_weights(config)
+    for head in (False, True):
+        rows = (models["llama"].lm_head if head else models["llama"].model.embed_tokens).weight.detach()
+        for elements in (1 << 25, 48, 10 * 48):
+            monkeypatch.setattr(extra_rows, "BLOCK_ELEMENTS", elements)
+            start, spread = extra_start(source, config, head=head)
+            torch.testing.assert_close(start, torch.stack([rows.mean(0), rows[7]]), atol=1e-6, rtol=0)
+            assert spread == pytest.approx(float(rows.std(0).mean()), rel=1e-5)
+
+
+def test_paths_are_given_as_url_or_path(saved):
+    folder, _ = saved
+    path = folder / "mpt"
+    assert isinstance(path, Path)
+    for url in (str(path), f"{path}/", f"file://{path}", str(path / "model.safetensors")):
+        config = read_lm_config(url)
+        assert config.weights == url
+        assert open_lm_weights(config).shapes()
