@@ -160,7 +160,7 @@ class RunConfig:
         for free in ("checkpoint_every", "keep_checkpoints", "probe_every", "probe_batches", "max_bad_steps"):
             del train[free]
         del train["steps"]  # a longer run is the same run
-        del whole["model"]["lm"]["weights"]
+        del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
