@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `export`, `import`, `recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +62,16 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return plan(arguments)
 
+    def export(arguments: list[str]) -> int:
+        from jobs.exchange import export_command
+
+        return export_command(arguments)
+
+    def import_(arguments: list[str]) -> int:
+        from jobs.exchange import import_command
+
+        return import_command(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -77,6 +87,8 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
+        "export": (export, "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]"),
+        "import": (import_, "read an IDEFICS or OpenFlamingo checkpoint: flamingo import SOURCE FOLDER"),
         "recipes": (recipes, "list the recipes"),
     }
 

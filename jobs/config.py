@@ -152,21 +152,21 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must share with the one it goes on with.
 
-        Left out: names and places, and settings that change no number (how often to save, readers, threads).
-        Data sets are compared by the data pipeline itself.
+        Left out: names and places, settings that change no number (how often to save, readers, threads), and the
+        parallel layout, which changes rounding alone. Data sets are compared by the data pipeline itself.
         """
         whole = self.to_json()
         train = whole["train"]
         for free in ("checkpoint_every", "keep_checkpoints", "probe_every", "probe_batches", "max_bad_steps"):
             del train[free]
         del train["steps"]  # a longer run is the same run
-        del whole["model"]["lm"]["weights"]
+        del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()
         }
-        return {"model": whole["model"], "train": train, "weights": weights, "parallel": whole["parallel"]}
+        return {"model": whole["model"], "train": train, "weights": weights}
 
     def fingerprint(self) -> str:
         """Return a short hash of `identity`."""

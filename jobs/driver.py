@@ -19,7 +19,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from data_pipeline.actors import RayPipeline
-from flamingo_dist.training.checkpoint import find_checkpoint
+from flamingo_dist.training.checkpoint_folder import find_checkpoint
 from flamingo_dist.training.loop import TrainOutcome
 from jobs.config import RunConfig
 from jobs.console import TrainingConsole

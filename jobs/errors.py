@@ -1,7 +1,7 @@
 """Which errors are told to a person as one message, and which are ours to fix and keep their traceback."""
 
 from data_pipeline.errors import BadDataError, ResumeError
-from flamingo_dist.training.checkpoint import CheckpointError
+from flamingo_dist.training.checkpoint_folder import CheckpointError
 from flamingo_dist.training.step import TrainingDivergedError
 
 ERRORS_OF_ALL_RANKS: tuple[type[Exception], ...] = (

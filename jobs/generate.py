@@ -12,8 +12,8 @@ from flamingo_dist.inference.prompt import PLAIN_CAPTION, few_shot_prompt
 from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import ParallelConfig, single_process
 from flamingo_dist.training.build import build_model
-from flamingo_dist.training.checkpoint import CheckpointError, find_checkpoint
-from flamingo_dist.training.weights_only import load_trainable
+from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint
+from flamingo_dist.training.stored_state import load_trainable
 from jobs.config import RunConfig
 from jobs.encode import media_config
 from jobs.held_out import prompt_ids

@@ -6,6 +6,7 @@ import torch
 
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
+from flamingo_dist.models.init import ParamTag
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
@@ -19,6 +20,8 @@ from flamingo_dist.training.step import TrainStep
 VOCAB = 60
 IMAGE, EOC = VOCAB, VOCAB + 1
 WEIGHTS = {"docs": 1.0, "pairs": 0.2}
+WHOLE = ParamTag()
+"""Tag of a tensor that is not cut."""
 
 
 def network(*, gate_init: float = 0.0, layers: int = 3, every: int = 2) -> FlamingoConfig:

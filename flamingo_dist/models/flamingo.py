@@ -41,6 +41,9 @@ class FlamingoConfig:
     """Which block of every n: the first (paper, IDEFICS: i mod n = 0) or the last (OpenFlamingo)."""
     vision_batch: int = 64
     """Frames encoded at once."""
+    weights: str | None = None
+    """A folder that `flamingo export` or `flamingo import` wrote, whose parameters the network starts from; None
+    starts from random trainable parameters and `lm.weights`."""
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

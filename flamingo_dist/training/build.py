@@ -1,11 +1,13 @@
 """From a configuration to a filled network inside a DeepSpeed engine."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
 from flamingo_dist.models.weights import WeightSource, extra_start, lm_shard, open_lm_weights
@@ -77,11 +79,16 @@ def build_model(
         ValueError: tensor parallelism does not divide the network, or weights do not fit it.
     """
     topology.check_divisible(config.tensor_sizes())
-    if config.lm.weights is None:
+    if config.lm.weights is None and config.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
     with building(parallel, ds_config or {}):
         model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
-    fill_parameters(model, parameter_values(config, topology, seed))
+    values = parameter_values(config, topology, seed)
+    if config.weights is not None:
+        folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)
+        folder.check(model, config.lm.vocab_size)
+        values = folder.values(values)
+    fill_parameters(model, values)
     if parallel.frozen == "resident":
         make_frozen_resident(model)
         model.to(world_device())

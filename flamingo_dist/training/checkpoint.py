@@ -1,113 +1,162 @@
-"""Checkpoints that are whole or absent, and a resume that restores everything or refuses.
+"""Checkpoints that are whole or absent, that any layout can resume, and that are written while training goes on.
 
-DeepSpeed writes the tensors (trainable weights, optimizer state); beside them stand the trainable weights once
-more as one safetensors file for any layout, the RNG states of every rank, and a manifest: step, layout,
-fingerprints, data positions, and size and SHA-256 of every file. A checkpoint is written in a hidden folder and
-renamed when complete.
+What is saved is the trainable part: fp32 weights and AdamW's moments, each a whole tensor in the format of
+torch.distributed.checkpoint, whatever tensor-parallel degree, data-parallel degree or ZeRO stage held it. Beside it stand
+the random states of every rank, and a manifest: step, layout, fingerprints, data positions, and size and SHA-256 of
+every file. A checkpoint is written in a hidden folder and renamed when complete.
 """
 
-import hashlib
-import json
-import os
-import random
-import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
 
 from flamingo_dist.parallel.topology import Topology
-from flamingo_dist.training.weights_only import export_trainable
+from flamingo_dist.training.checkpoint_folder import (
+    FORMAT,
+    STATE,
+    CheckpointError,
+    begin,
+    check_files,
+    check_run,
+    complete,
+    describe_files,
+    partial_folder,
+    read_manifest,
+    step_folder,
+)
+from flamingo_dist.training.fragments import Fragment, SaveFragments
+from flamingo_dist.training.optimizer_state import local_fragments, publish, share, updates_done
+from flamingo_dist.training.random_state import random_state, restore_random_state, state_file
+from flamingo_dist.training.stored_state import check_stored, read_fragments
 
-MANIFEST = "manifest.json"
-_TAG = "deepspeed"
+Description = Mapping[str, Any]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is incomplete, damaged, or of another run."""
+class CheckpointWriter:
+    """Saves checkpoints in the background: training waits for a copy to host memory alone.
 
-
-def step_folder(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return folder / f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
-
-
-def find_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """Return the checkpoint that `--resume wanted` names.
-
-    Args:
-        folder: the run's checkpoint folder.
-        wanted: "auto" (the newest, or none), "latest" (the newest, which must exist), or a step or a path.
-
-    Raises:
-        CheckpointError: there is none, with what there is.
+    One save is written at a time: the next, and the end of the run, wait for it. A save that fails leaves the
+    checkpoint before it in place; its error is raised on all ranks at the next save or `wait`.
     """
-    there = list_checkpoints(folder)
-    if wanted in ("auto", "latest"):
-        if not there and wanted == "latest":
-            raise CheckpointError(
-                f"--resume latest: no complete checkpoint in {folder}; use --resume auto to start."
-            )
-        return there[-1] if there else None
-    path = step_folder(folder, int(wanted)) if wanted.isdigit() else Path(wanted)
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"--resume {wanted}: {path} has no {MANIFEST}; complete checkpoints here: {[p.name for p in there]}."
+
+    def __init__(self, folder: Path, topology: Topology, *, keep: int, timeout_seconds: int = 600) -> None:
+        """Prepare, on all ranks together.
+
+        Args:
+            folder: the run's checkpoint folder, on a file system that all ranks share.
+            topology: the run's degrees.
+            keep: how many checkpoints stay.
+            timeout_seconds: how long a rank waits for the others while a save is written.
+        """
+        self.folder, self.topology, self.keep = folder, topology, keep
+        # Its own, because the writing thread's messages must not mix with those of training; of CPU memory alone.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._host: dict[str, Tensor] = {}
+
+    def save(self, engine: Any, step: int, description: Description) -> None:
+        """Copy what belongs to the checkpoint after `step` steps and start to write it, on all ranks together.
+
+        Args:
+            engine: the DeepSpeed engine.
+            step: steps done.
+            description: what a resume must match (`run`, see `check_run`) and restore (`data`), JSON values.
+
+        Raises:
+            CheckpointError: the save before this one failed.
+        """
+        self.wait()
+        started = time.perf_counter()
+        fragments = self._copy(share(local_fragments(engine, self.topology), engine, self.topology))
+        random = random_state()
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "updates": updates_done(engine),
+            "layout": layout(self.topology, engine),
+            **description,
+            "copy_seconds": time.perf_counter() - started,
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(fragments, random, manifest), name=f"checkpoint-{step}", daemon=True
         )
-    return path
+        self._thread.start()
 
+    def wait(self) -> None:
+        """Wait until the last save is complete.
 
-def save_checkpoint(
-    engine: Any, folder: Path, step: int, description: Mapping[str, Any], topology: Topology, *, keep: int
-) -> Path:
-    """Write the checkpoint after `step` steps, by all ranks together, then drop all but the newest `keep`.
+        Raises:
+            CheckpointError: it failed, on all ranks.
+        """
+        self.settle()
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise CheckpointError(problem)
 
-    Args:
-        engine: the DeepSpeed engine.
-        folder: the run's checkpoint folder, on a file system that all ranks share.
-        step: steps done.
-        description: what a resume must match (`run`, see `check_manifest`) and restore (`data`), JSON values.
-        topology: the run's degrees.
-        keep: how many checkpoints stay.
+    def settle(self) -> None:
+        """Wait until the last save is complete or has failed, without telling which."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
-    Returns:
-        The checkpoint's folder.
-    """
-    final = step_folder(folder, step)
-    partial = folder / f".partial-{final.name}"
-    if topology.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-    export_trainable(engine, partial, topology)
-    torch.save(_rng_state(), partial / f"rng-{topology.rank:05d}.pt")
-    dist.barrier()
-    files = _describe_files(partial, topology)
-    if topology.rank == 0:
-        manifest = {"step": step, "layout": layout(topology, engine), **description, "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync_folder(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            # The manifest goes first: a half-deleted checkpoint is not a checkpoint.
-            (old / MANIFEST).unlink()
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    def _copy(self, fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
+        """Return the fragments in host memory, which is kept for the next save (pinned where there is a GPU)."""
+        copies = {}
+        for name, fragment in fragments.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(
+                    fragment.flat_N.shape,
+                    dtype=fragment.flat_N.dtype,
+                    device="cpu",
+                    pin_memory=fragment.flat_N.is_cuda,
+                )
+            self._host[name].copy_(fragment.flat_N, non_blocking=True)
+            copies[name] = fragment.like(self._host[name])
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _write(self, fragments: dict[str, Fragment], random: Any, manifest: dict[str, Any]) -> None:
+        """Write a checkpoint on all ranks together, in the background."""
+        final = step_folder(self.folder, manifest["step"])
+        started = time.perf_counter()
+        try:
+            _on_all_ranks(lambda: begin(final) if self.topology.rank == 0 else None, self._group)
+            files = _on_all_ranks(lambda: self._write_files(final, fragments, random), self._group)
+            manifest["files"] = {name: entry for part in files for name, entry in sorted(part.items())}
+            manifest["write_seconds"] = time.perf_counter() - started
+            _on_all_ranks(
+                lambda: complete(final, manifest, keep=self.keep) if self.topology.rank == 0 else None,
+                self._group,
+            )
+        except BaseException as error:  # dcp.CheckpointException is none of Exception; all are told by `wait`
+            self._problem = f"saving {final} failed; the checkpoint before it stands: {error}"
+
+    def _write_files(self, final: Path, fragments: dict[str, Fragment], random: Any) -> dict[str, Any]:
+        """Write the tensors and this rank's random state; return size and checksum of this rank's share of files."""
+        partial = partial_folder(final)
+        torch.save(random, state_file(partial, self.topology.rank))
+        dcp.save(
+            fragments,
+            storage_writer=dcp.FileSystemWriter(partial / STATE),
+            planner=SaveFragments(),
+            process_group=self._group,
+        )
+        dist.barrier(group=self._group)
+        return describe_files(partial, part=(self.topology.rank, self.topology.world))
 
 
 def layout(topology: Topology, engine: Any) -> dict[str, Any]:
-    """Return the parts of a run that decide which rank's file holds what."""
+    """Return how a run is spread; a checkpoint notes it, another layout may load it."""
     return {
         "world": topology.world,
         "tensor": topology.tensor,
@@ -123,7 +172,7 @@ def load_checkpoint(
     topology: Topology,
     check_data: Callable[[Mapping[str, Any]], None],
 ) -> int:
-    """Restore everything from the checkpoint at `path`, or refuse.
+    """Restore everything from the checkpoint at `path`, or refuse. The layout may be another than that of the save.
 
     Args:
         engine: the DeepSpeed engine of the resuming run.
@@ -138,134 +187,40 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank, saying what is missing, damaged or different.
     """
-    manifest = _on_all_ranks(lambda: _checked_manifest(engine, path, run, topology, check_data))
-    loaded, _ = engine.load_checkpoint(str(path), tag=_TAG, load_module_strict=False)
-    if loaded is None:
-        raise CheckpointError(f"{path}: DeepSpeed found nothing to load.")
-    # Written by this same code, whose RNG states are numpy's and Python's own objects.
-    _set_rng_state(torch.load(path / f"rng-{topology.rank:05d}.pt", weights_only=False))
+    fragments = local_fragments(engine, topology)
+    manifest: dict[str, Any] = {}
+
+    def check() -> None:
+        manifest.update(read_manifest(path))
+        check_run(manifest, run)
+        check_files(path, manifest, part=(topology.rank, topology.world))
+        check_stored(path, {name: fragment.size() for name, fragment in fragments.items()})
+        check_data(manifest["data"])
+
+    _on_all_ranks(check)
+    _on_all_ranks(lambda: read_fragments(path, fragments))
+    publish(engine, manifest["updates"])
+    engine.global_steps = manifest["step"]
+    same = all(manifest["layout"][part] == layout(topology, engine)[part] for part in ("world", "tensor"))
+    restore_random_state(path, rank=topology.rank, step=manifest["step"], same_layout=same)
     return int(manifest["step"])
 
 
-def _checked_manifest(
-    engine: Any,
-    path: Path,
-    run: Mapping[str, Any],
-    topology: Topology,
-    check_data: Callable[[Mapping[str, Any]], None],
-) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    check_manifest(manifest, layout=layout(topology, engine), run=run)
-    check_files(path, manifest, part=(topology.rank, topology.world))
-    check_data(manifest["data"])
-    return manifest
-
-
-def check_manifest(manifest: Mapping[str, Any], *, layout: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Compare a manifest with the run that wants to resume from it.
+def _on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Run `work` on every rank and return all results, or fail on all if it fails on one, so that none waits.
 
     Raises:
-        CheckpointError: listing every difference by its dotted name.
+        CheckpointError: with the messages of all ranks that failed.
     """
-    found = {**_flat(manifest["layout"], "layout"), **_flat(manifest["run"], "run")}
-    wanted = {**_flat(layout, "layout"), **_flat(run, "run")}
-    differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if differing:
-        lines = [f"  {k}: checkpoint {found.get(k)!r}, this run {wanted.get(k)!r}" for k in differing]
-        raise CheckpointError(
-            "the checkpoint is of another run; resume with the same settings or start a new run:\n"
-            + "\n".join(lines)
-        )
-
-
-def check_files(path: Path, manifest: Mapping[str, Any], *, part: tuple[int, int] = (0, 1)) -> None:
-    """Check the files of a checkpoint against the manifest's sizes and checksums.
-
-    Args:
-        path: the checkpoint's folder.
-        manifest: its manifest.
-        part: (i, n) reads every n-th file from the i-th on, to share the work among ranks.
-
-    Raises:
-        CheckpointError: naming the file that is missing, or differs from the one that was saved.
-    """
-    for name in sorted(manifest["files"])[part[0] :: part[1]]:
-        saved, file = manifest["files"][name], path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path}: {name} is missing; resume from another checkpoint.")
-        if file.stat().st_size != saved["bytes"] or _sha256(file) != saved["sha256"]:
-            raise CheckpointError(
-                f"{path}: {name} is not the file that was saved (size or checksum differs); "
-                "resume from another checkpoint."
-            )
-
-
-def _on_all_ranks(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run `check` on every rank and fail on all if it fails on one, so that none waits for the others."""
-    result: dict[str, Any] = {}
+    result: Any = None
     problem: str | None = None
     try:
-        result = check()
-    except (ValueError, OSError, KeyError) as error:
+        result = work()
+    except (ValueError, OSError, KeyError, RuntimeError, dcp.CheckpointException) as error:
         problem = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    told = list(dict.fromkeys(p for p in problems if p is not None))
+    answers: list[tuple[Any, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(answers, (result, problem), group=group)
+    told = list(dict.fromkeys(problem for _, problem in answers if problem is not None))
     if told:
         raise CheckpointError("\n".join(told))
-    return result
-
-
-def _describe_files(folder: Path, topology: Topology) -> dict[str, Any]:
-    """Return size and checksum of every file, each rank reading its share."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    mine = {}
-    for name in names[topology.rank :: topology.world]:
-        file = folder / name
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        mine[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    parts: list[dict[str, Any]] = [{}] * topology.world
-    dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in sorted(part.items())}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flat(value: Any, prefix: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
-    return {prefix: json.loads(json.dumps(value))}
-
-
-def _rng_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    return [result for result, _ in answers]

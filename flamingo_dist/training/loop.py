@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.batch import TrainBatch
-from flamingo_dist.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from flamingo_dist.training.checkpoint import CheckpointWriter, load_checkpoint
+from flamingo_dist.training.checkpoint_folder import find_checkpoint
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.step import StepResult, TrainStep
 
@@ -96,6 +97,7 @@ class TrainLoop:
         self.config, self.topology = config, topology
         self.checkpoints, self.run_description = checkpoints, run
         self.gates, self.probe = gates, probe
+        self.writer = CheckpointWriter(checkpoints, topology, keep=config.keep_checkpoints)
 
     def resume(self, wanted: str | None) -> int | None:
         """Restore the checkpoint that `wanted` names ("auto", "latest", a step or a path).
@@ -126,8 +128,11 @@ class TrainLoop:
         stopped = False
         if self.config.probe_every and resumed is None:
             self._record_probe(0)  # with all gates shut: the bare LM, whatever the images
-        while done < self.config.steps and not stopped:
-            done, stopped = self._iterate(done)
+        try:
+            while done < self.config.steps and not stopped:
+                done, stopped = self._iterate(done)
+        finally:
+            self.writer.settle()  # whatever ended the run, a save under way may still become whole
         if not stopped and not self._probe_is_due(done):
             self._record_probe(done)
         return TrainOutcome(
@@ -152,8 +157,9 @@ class TrainLoop:
         checkpoint_seconds = 0.0
         is_last = done == self.config.steps
         every = self.config.checkpoint_every
-        if is_last or result.stop_requested or (every and done % every == 0):
-            checkpoint_seconds = self._save(done)
+        is_end = is_last or result.stop_requested
+        if is_end or (every and done % every == 0):
+            checkpoint_seconds = self._save(done, wait=is_end)
         record = self._record(result, data_seconds, checkpoint_seconds, time.perf_counter() - started)
         self.observer.record(record)
         if self._probe_is_due(done):
@@ -167,17 +173,13 @@ class TrainLoop:
         if self.probe is not None:
             self.observer.record({"kind": "probe", "step": done, **self.probe()})
 
-    def _save(self, done: int) -> float:
+    def _save(self, done: int, *, wait: bool) -> float:
+        """Start to save, or save to the end, and return the seconds that training stood still for it."""
         started = time.perf_counter()
         description = {"run": self.run_description, "data": self.source.state(done)}
-        save_checkpoint(
-            self.step.engine,
-            self.checkpoints,
-            done,
-            description,
-            self.topology,
-            keep=self.config.keep_checkpoints,
-        )
+        self.writer.save(self.step.engine, done, description)
+        if wait:
+            self.writer.wait()
         return time.perf_counter() - started
 
     def _record(self, result: StepResult, data: float, checkpoint: float, total: float) -> Record:

@@ -143,12 +143,12 @@ def test_identity_ignores_what_changes_no_number():
         name="other",
         train=replace(config.train, steps=99, checkpoint_every=3, keep_checkpoints=9),
         resources=replace(config.resources, max_failures=0),
+        parallel=replace(config.parallel, tensor=1, frozen="resident", activation_checkpointing=False),
     )
     assert same.fingerprint() == config.fingerprint()
     for part, value in [
         ("train", replace(config.train, seed=1)),
         ("train", replace(config.train, optimizer=replace(config.train.optimizer, lr=1.0))),
-        ("parallel", replace(config.parallel, activation_checkpointing=False)),
         ("model", replace(config.model, cross_every=1)),
     ]:
         assert replace(config, **{part: value}).fingerprint() != config.fingerprint()

@@ -1,0 +1,31 @@
+"""Configuration objects back from the plain JSON that they were written as."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """Turn plain JSON into the annotated type `kind`: dataclasses, dicts, tuples, unions, plain values.
+
+    Args:
+        kind: a type as it stands in an annotation.
+        value: what `json.loads` gave.
+
+    Raises:
+        TypeError: a dataclass lacks a value, or has no such field.
+        KeyError: a value names a field that the dataclass has not.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: from_json(hints[name], item) for name, item in value.items()})
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else from_json(next(a for a in arguments if a is not type(None)), value)
+    if origin is dict:
+        return {key: from_json(arguments[1], item) for key, item in value.items()}
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(from_json(a, item) for a, item in zip(kinds, value, strict=True))
+    return value

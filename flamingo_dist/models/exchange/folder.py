@@ -1,0 +1,186 @@
+"""Our own folder of a network: `config.json` and safetensors of whole parameters, which any layout reads by slices."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_dist.from_json import from_json
+from flamingo_dist.models.exchange.rules import check_tensors
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.init import tag_of
+from flamingo_dist.models.vision import VisionConfig
+
+FORMAT = "flamingo-dist"
+"""What `config.json` calls the format."""
+VERSION = 1
+VISION = "vision"
+"""Folder inside the folder, where the vision encoder's own files are."""
+_FILES_OF_VISION = ("weights", "statistics")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder to write into, and rename it to `folder` when all went well.
+
+    Raises:
+        ValueError: `folder` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose another folder, or delete it.")
+    partial = folder.parent / f".partial-{folder.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(folder)
+
+
+def write_network(
+    folder: Path,
+    config: FlamingoConfig,
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    vision: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a network into `folder`, which exists.
+
+    Args:
+        folder: see `new_folder`.
+        config: the network.
+        parameters: whole parameters by their names in `Flamingo`, of any shape; all, or the trainable ones alone (the
+            others then come from `config.lm`).
+        vision: settings of the vision encoder where they are not `config.vision`, with paths inside `folder`.
+        more: further JSON values of `config.json`.
+        shard_bytes: size that a file does not exceed.
+    """
+    stated = dataclasses.asdict(config)
+    stated["vision"] = dict(vision) if vision is not None else _copy_vision(config.vision, folder)
+    shapes = write_tensors(folder, parameters, shard_bytes=shard_bytes)
+    has_frozen = any(name.startswith("lm.layers.") for name in shapes)
+    if has_frozen:
+        stated["lm"]["weights"] = None
+    stated["weights"] = None
+    written = {"format": FORMAT, "version": VERSION, "frozen": has_frozen, "model": stated, **(more or {})}
+    (folder / "config.json").write_text(json.dumps(written, indent=1))
+
+
+def _copy_vision(config: VisionConfig, folder: Path) -> dict[str, Any]:
+    """Copy the encoder's files into `folder` and return its settings, with paths inside it."""
+    stated = dataclasses.asdict(config)
+    for field in _FILES_OF_VISION:
+        if stated[field]:
+            source = Path(stated[field])
+            (folder / VISION).mkdir(exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, folder / VISION / source.name)
+            else:
+                shutil.copy(source, folder / VISION / source.name)
+            stated[field] = f"{VISION}/{source.name}"
+    return stated
+
+
+def is_network_folder(folder: Path) -> bool:
+    """Return whether `folder` is one that `write_network` wrote."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT
+
+
+def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> FlamingoConfig:
+    """Return the network that `folder` holds; building it reads the weights from there.
+
+    Args:
+        folder: written by `write_network`.
+        vision: an encoder to use instead of the folder's, such as one whose features are at hand.
+
+    Raises:
+        ValueError: it is no such folder, or of another version of this code.
+    """
+    if not is_network_folder(folder):
+        raise ValueError(f"{folder} is no folder that `flamingo export` or `flamingo import` wrote.")
+    stated = json.loads((folder / "config.json").read_text())
+    if stated["version"] != VERSION:
+        raise ValueError(f"{folder} is of version {stated['version']}, this code reads version {VERSION}.")
+    model = stated["model"]
+    if vision is not None:
+        model["vision"] = dataclasses.asdict(vision)
+    else:
+        for field in _FILES_OF_VISION:
+            if model["vision"].get(field):
+                model["vision"][field] = str(folder / model["vision"][field])
+    model["weights"] = str(folder)
+    try:
+        config: FlamingoConfig = from_json(FlamingoConfig, model)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json does not fit this version of the code: {error}.") from error
+    return config
+
+
+class NetworkFolder:
+    """Reads the parameters of a network folder for one tensor-parallel rank."""
+
+    def __init__(self, folder: Path, *, tp_rank: int, tp_size: int) -> None:
+        """Open the folder."""
+        self.tensors = TensorFolder(folder)
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+
+    def check(self, model: nn.Module, vocab_size: int) -> None:
+        """Check that the folder holds exactly the parameters of `model`, or its trainable ones.
+
+        Args:
+            model: the network, empty or filled, partitioned by ZeRO or not.
+            vocab_size: rows of the frozen vocabulary, without the padding that the layout adds.
+
+        Raises:
+            ValueError: naming what is missing, surplus or of another shape.
+        """
+        found = self.tensors.shapes()
+        has_frozen = any(name.startswith("lm.layers.") for name in found)
+        wanted = {
+            name: whole_shape(name, param, tp_size=self.tp_size, vocab_size=vocab_size)
+            for name, param in model.named_parameters()
+            if has_frozen or param.requires_grad
+        }
+        check_tensors(found, wanted, self.tensors.where)
+
+    def values(
+        self, otherwise: Callable[[str, nn.Parameter], Tensor]
+    ) -> Callable[[str, nn.Parameter], Tensor]:
+        """Return the function that gives a parameter's values on this rank; `otherwise` gives those not in the folder."""
+        there = self.tensors.shapes().keys()
+
+        def value_of(name: str, param: nn.Parameter) -> Tensor:
+            if name not in there:
+                return otherwise(name, param)
+            value = self.tensors.read_slice(name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
+            short = param.shape[0] - value.shape[0] if _is_vocabulary(name) else 0
+            return nn.functional.pad(value, (0, 0, 0, short)) if short else value
+
+        return value_of
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.startswith("lm.vocabulary.frozen")
+
+
+def whole_shape(name: str, param: nn.Parameter, *, tp_size: int, vocab_size: int) -> torch.Size:
+    """Return the shape of a parameter over all tensor-parallel ranks, without the vocabulary's padding."""
+    shape = list(getattr(param, "ds_shape", param.shape))
+    dim = tag_of(param).partition_dim
+    if dim is not None:
+        shape[dim] *= tp_size
+    if _is_vocabulary(name):
+        shape[0] = vocab_size
+    return torch.Size(shape)

@@ -1,0 +1,346 @@
+"""`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from flamingo_dist.models.exchange import idefics, open_flamingo
+from flamingo_dist.models.exchange.folder import (
+    VISION,
+    NetworkFolder,
+    is_network_folder,
+    new_folder,
+    read_network_config,
+    write_network,
+)
+from flamingo_dist.models.exchange.rules import check_tensors, read_ours, read_theirs, their_shapes
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, write_tower
+from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.weights import read_lm_config
+from flamingo_dist.parallel.topology import Topology, single_process
+from flamingo_dist.training.build import parameter_values
+from flamingo_dist.training.checkpoint_folder import MANIFEST, find_checkpoint, read_manifest
+from flamingo_dist.training.config import DTYPES
+from flamingo_dist.training.optimizer_state import WEIGHT, stored_name
+from flamingo_dist.training.stored_state import check_stored, read_whole
+from jobs.model_card import card_of_import, card_of_run
+from jobs.run_file import load_run_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Arguments of `flamingo export`."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A run folder (its newest checkpoint), a checkpoint, or a folder that `export` or `import` wrote."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """The folder to write; it must not exist."""
+    to: Literal["flamingo", "idefics"] = "flamingo"
+    """Our own folder, or Hugging Face's IDEFICS layout, for networks whose options exist there."""
+    frozen: bool = True
+    """Store the frozen language model too; without it the folder names where its weights are. Only for `flamingo`."""
+    shard_bytes: int = SHARD_BYTES
+    """Size that a file does not exceed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Arguments of `flamingo import`."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder of a Hugging Face IDEFICS checkpoint, or a `.pt` file of open_flamingo."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """The folder to write; it must not exist."""
+    lm: str = ""
+    """open_flamingo: the frozen language model, a folder of safetensors or a GGUF file; it stays where it is."""
+    vision: str = ""
+    """open_flamingo: a folder of the CLIP model in Hugging Face's layout; it stays where it is."""
+    image_id: int = -1
+    """open_flamingo: id of `<image>` in its tokenizer."""
+    end_of_chunk_id: int = -1
+    """open_flamingo: id of `<|endofchunk|>` in its tokenizer."""
+    shard_bytes: int = SHARD_BYTES
+    """Size that a file does not exceed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network whose whole parameters can be read one by one."""
+
+    config: FlamingoConfig
+    """The network."""
+    shapes: Mapping[str, torch.Size]
+    """Shapes of all whole parameters."""
+    trainable: frozenset[str]
+    """Names of the trainable ones."""
+    read: Callable[[str], Tensor]
+    """Gives a whole parameter by name."""
+    card: str
+    """What a model card says of it."""
+    more: Mapping[str, Any]
+    """Further values of `config.json`."""
+
+
+def export_network(arguments: ExportArguments) -> Path:
+    """Write a trained network into a folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the source holds no network, or an option of it does not exist in the other layout.
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    folder = Path(arguments.folder)
+    with single_process() as topology, torch.no_grad():
+        network = open_network(Path(arguments.source), topology)
+        with new_folder(folder) as partial:
+            if arguments.to == "idefics":
+                _write_idefics(network, partial, arguments.shard_bytes)
+            else:
+                names = [n for n in network.shapes if arguments.frozen or n in network.trainable]
+                write_network(
+                    partial,
+                    network.config,
+                    ((name, network.read(name)) for name in names),
+                    more=network.more,
+                    shard_bytes=arguments.shard_bytes,
+                )
+            (partial / "README.md").write_text(network.card)
+    return folder
+
+
+def open_network(path: Path, topology: Topology) -> Network:
+    """Open a run folder, a checkpoint, or a network folder, in a world of one process.
+
+    Raises:
+        ValueError: there is no network.
+        CheckpointError: a checkpoint is not there, or does not fit its run's network.
+    """
+    if is_network_folder(path):
+        return _open_network_folder(path, topology)
+    if (path / MANIFEST).is_file():
+        run_dir, checkpoint = path.resolve().parents[1], path
+    else:
+        run_dir, checkpoint = path, find_checkpoint(path / "checkpoints", "latest") or path
+    run = load_run_config(run_dir)
+    manifest = read_manifest(checkpoint)
+    config, dtype = run.model, run.train.torch_dtype
+    model = _empty(config)
+    shapes, trainable = _shapes(model)
+    check_stored(checkpoint, {stored_name(WEIGHT, n): shapes[n] for n in trainable}, kinds=[WEIGHT])
+    first = _first_values(config, model, topology, run.train.seed)
+
+    def read(name: str) -> Tensor:
+        value = read_whole(checkpoint, name, shapes[name]) if name in trainable else first(name)
+        return value.to(dtype)
+
+    return Network(
+        config=config,
+        shapes=shapes,
+        trainable=trainable,
+        read=read,
+        card=card_of_run(run_dir, run, manifest, shapes, trainable),
+        more={"dtype": run.train.dtype, "step": manifest["step"]},
+    )
+
+
+def _open_network_folder(path: Path, topology: Topology) -> Network:
+    config = read_network_config(path)
+    model = _empty(config)
+    shapes, trainable = _shapes(model)
+    folder = NetworkFolder(path, tp_rank=0, tp_size=1)
+    folder.check(model, config.lm.vocab_size)
+    first = _first_values(config, model, topology, seed=0)
+    params = dict(model.named_parameters())
+    value_of = folder.values(lambda name, _: first(name))
+    stated = json.loads((path / "config.json").read_text())
+    card = path / "README.md"
+    return Network(
+        config=config,
+        shapes=shapes,
+        trainable=trainable,
+        read=lambda name: value_of(name, params[name]),
+        card=card.read_text() if card.is_file() else "",
+        more={key: stated[key] for key in ("dtype", "step") if key in stated},
+    )
+
+
+def _empty(config: FlamingoConfig) -> Flamingo:
+    """Return the network on the meta device: names, shapes and tags, no values."""
+    with torch.device("meta"):
+        return Flamingo(config, dtype=torch.float32)
+
+
+def _shapes(model: Flamingo) -> tuple[dict[str, torch.Size], frozenset[str]]:
+    """Return the shapes of all whole parameters, and the names of the trainable ones."""
+    named = dict(model.named_parameters())
+    return {n: p.shape for n, p in named.items()}, frozenset(n for n, p in named.items() if p.requires_grad)
+
+
+def _first_values(
+    config: FlamingoConfig, model: Flamingo, topology: Topology, seed: int
+) -> Callable[[str], Tensor]:
+    """Return what gives a parameter the value that training starts from."""
+    params = dict(model.named_parameters())
+    value_of = parameter_values(config, topology, seed)
+    return lambda name: value_of(name, params[name])
+
+
+def _write_idefics(network: Network, folder: Path, shard_bytes: int) -> None:
+    """Write IDEFICS' layout; an image's frame embedding moves into the tower's last bias, which adds to all tokens."""
+    tower = tower_of(network.config.vision)
+    (folder / "config.json").write_text(
+        json.dumps(idefics.idefics_config(network.config, tower.stated), indent=1)
+    )
+    tensors = idefics_tensors(network, tower)
+    write_tensors(folder, tensors, shard_bytes=shard_bytes)
+
+
+def idefics_tensors(network: Network, tower: Tower) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of IDEFICS' layout by name, of any shape.
+
+    Args:
+        network: what `idefics.idefics_config` accepted; of a tied head the embedding is written twice.
+        tower: its vision tower.
+    """
+    tower.check()
+    frames_FE = network.read("resampler.frame_embeddings")
+
+    def read(name: str) -> Tensor:
+        if name == "resampler.frame_embeddings":
+            return torch.zeros_like(frames_FE)
+        if name == "lm.vocabulary.frozen_head.weight" and network.config.lm.tied:
+            name = "lm.vocabulary.frozen.weight"
+        return network.read(name)
+
+    yield from read_theirs(idefics.rules(network.config), read)
+    for name, tensor in tower.read():
+        if name == tower.last_bias and frames_FE[0].any():
+            tensor = tensor + frames_FE[0].to(tensor.dtype)
+        yield idefics.VISION_PREFIX + name, tensor
+
+
+def import_network(arguments: ImportArguments) -> Path:
+    """Write the network of a public checkpoint into a folder of ours.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the source is of no known kind, a tensor is missing, surplus or misshaped, or an option has no
+            counterpart here.
+    """
+    source, folder = Path(arguments.source), Path(arguments.folder)
+    with single_process(), torch.no_grad(), new_folder(folder) as partial:
+        if source.suffix in (".pt", ".pth", ".bin") and source.is_file():
+            card = _import_open_flamingo(source, partial, arguments)
+        elif (source / "config.json").is_file():
+            card = _import_idefics(source, partial, arguments.shard_bytes)
+        else:
+            raise ValueError(
+                f"{source} is neither a folder with a config.json (IDEFICS) nor a .pt file (open_flamingo)."
+            )
+        (partial / "README.md").write_text(card)
+    return folder
+
+
+def _stand_in(width: int) -> VisionConfig:
+    """Return an encoder of a width, for a configuration whose encoder's settings are written separately."""
+    return VisionConfig(name="tiny", image_size=32, tiny_width=width)
+
+
+def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
+    from transformers import AutoConfig
+
+    if json.loads((source / "config.json").read_text()).get("model_type") != "idefics":
+        raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
+    # Through transformers, so that an option which the file leaves out has the value that it has there.
+    stated = AutoConfig.from_pretrained(source).to_dict()
+    tensors = TensorFolder(source)
+    width = stated["vision_config"]["embed_dim"]
+    config = idefics.network_config(stated, _stand_in(width))
+    rules = idefics.rules(config, extra_tokens=stated["additional_vocab_size"])
+    shapes, _ = _shapes(_empty(config))
+    tower = Tower(
+        stated=_tower_settings(stated["vision_config"]), source=tensors, prefix=idefics.VISION_PREFIX
+    )
+    found = tensors.shapes()
+    outside = {n: s for n, s in found.items() if not n.startswith(idefics.VISION_PREFIX)}
+    derived = [name for name in found if name.endswith(idefics.IGNORED)]
+    check_tensors(outside, their_shapes(rules, shapes), str(source), ignored=derived)
+    tower.check()
+    processor = source / "preprocessor_config.json"
+    write_tower(
+        folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None
+    )
+    dtype = str(stated.get("dtype") or "float32").removeprefix("torch.")
+    write_network(
+        folder,
+        config,
+        read_ours(rules, tensors),
+        vision={**SETTINGS, "weights": VISION, "image_size": stated["vision_config"]["image_size"]},
+        more={"dtype": next((n for n, t in DTYPES.items() if str(t) == f"torch.{dtype}"), "bf16")},
+        shard_bytes=shard_bytes,
+    )
+    return card_of_import(str(source), "IDEFICS", config, shapes)
+
+
+def _tower_settings(stated: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
+    wanted += ("num_attention_heads", "num_channels", "hidden_act", "layer_norm_eps")
+    return {key: stated[key] for key in wanted}
+
+
+def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments) -> str:
+    for name in ("lm", "vision"):
+        if not getattr(arguments, name):
+            raise ValueError(
+                f"{source} holds the trained part alone; name the frozen one too: --{name} (see flamingo import --help)."
+            )
+    if arguments.image_id < 0 or arguments.end_of_chunk_id < 0:
+        raise ValueError(
+            "give --image-id and --end-of-chunk-id: open_flamingo adds <|endofchunk|>, <image> and perhaps <PAD> to the "
+            "tokenizer, in this order, from its length on."
+        )
+    file = open_flamingo.OpenFlamingoFile(source)
+    lm = read_lm_config(arguments.lm)
+    width = file.shapes()["perceiver.latents"][1]
+    config = open_flamingo.network_config(file, lm, _stand_in(width))
+    shapes, trainable = _shapes(_empty(config))
+    tokens = open_flamingo.NewTokens(image=arguments.image_id, end_of_chunk=arguments.end_of_chunk_id)
+    parameters = open_flamingo.trainable_parameters(
+        file, config, tokens, {n: shapes[n] for n in trainable}
+    )
+    write_network(
+        folder,
+        config,
+        parameters,
+        vision={"name": "clip", "weights": str(Path(arguments.vision).resolve())},
+        more={"dtype": "bf16"},
+        shard_bytes=arguments.shard_bytes,
+    )
+    return card_of_import(str(source), "OpenFlamingo", config, shapes)
+
+
+def export_command(arguments: list[str]) -> int:
+    """Run `flamingo export SOURCE FOLDER [options]`."""
+    given = tyro.cli(ExportArguments, args=arguments, prog="flamingo export")
+    print(f"wrote {export_network(given)}")
+    return 0
+
+
+def import_command(arguments: list[str]) -> int:
+    """Run `flamingo import SOURCE FOLDER [options]`."""
+    given = tyro.cli(ImportArguments, args=arguments, prog="flamingo import")
+    print(f"wrote {import_network(given)}")
+    return 0

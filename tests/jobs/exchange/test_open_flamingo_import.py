@@ -1,0 +1,227 @@
+"""OpenFlamingo's checkpoints, against its own modules inside a Hugging Face LLaMA.
+
+Its package pins an old torch and is not installed with ours. Where its sources are on the path, its `helpers.py` is the
+reference; elsewhere flamingo-pytorch's modules are, which it copied, names included.
+"""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flamingo_dist.models.exchange.folder import read_network_config
+from flamingo_dist.models.vision import VisionConfig
+from jobs.exchange import ImportArguments, import_network
+from tests.jobs.exchange.exchanging import logits, logits_of_ranks
+
+HAS_SOURCES = importlib.util.find_spec("open_flamingo") is not None
+VOCAB, WIDTH, LAYERS, EVERY = 60, 32, 4, 2
+FEATURES = 24 if HAS_SOURCES else WIDTH
+"""flamingo-pytorch's blocks read latents of the language model's width alone."""
+EOC, IMAGE, PAD = VOCAB, VOCAB + 1, VOCAB + 2
+"""open_flamingo adds them in this order."""
+
+
+def helpers():
+    """open_flamingo's modules: PerceiverResampler(dim=...) and GatedCrossAttentionBlock(dim=..., dim_visual=...)."""
+    if HAS_SOURCES:
+        path = Path(importlib.util.find_spec("open_flamingo").origin).parent / "src/helpers.py"
+        spec = importlib.util.spec_from_file_location("open_flamingo_helpers", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    oracle = pytest.importorskip("flamingo_pytorch", reason="pip install flamingo-pytorch==0.1.2")
+    return SimpleNamespace(
+        PerceiverResampler=lambda *, dim: oracle.PerceiverResampler(dim=dim, depth=6, num_media_embeds=2),
+        GatedCrossAttentionBlock=lambda *, dim, dim_visual: oracle.GatedCrossAttentionBlock(dim=dim),
+    )
+
+
+def reference():
+    """LM, resampler and gated blocks with random values."""
+    torch.manual_seed(0)
+    modules = helpers()
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    torch.nn.init.normal_(lm.model.embed_tokens.weight, std=0.3)
+    perceiver = modules.PerceiverResampler(dim=FEATURES)
+    blocks = {
+        i: modules.GatedCrossAttentionBlock(dim=WIDTH, dim_visual=FEATURES)
+        for i in range(LAYERS)
+        if (i + 1) % EVERY == 0
+    }
+    for module in (perceiver, *blocks.values()):
+        for name, param in module.named_parameters():
+            torch.nn.init.normal_(param, mean=0.8 if "gate" in name or "norm" in name else 0.0, std=0.2)
+    if hasattr(perceiver, "media_pos_emb"):
+        torch.nn.init.zeros_(perceiver.media_pos_emb)  # open_flamingo has none
+    return lm, perceiver, blocks
+
+
+def grown_table(lm) -> torch.Tensor:
+    """The embedding after open_flamingo has added its tokens, with trained rows."""
+    new = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4)) * 0.3
+    return torch.cat([lm.model.embed_tokens.weight.detach(), new])
+
+
+@torch.no_grad()
+def their_logits(tokens, features_BMSC) -> torch.Tensor:
+    """open_flamingo's forward: media located by the `<image>` token, blocks before the last layer of every n."""
+    lm, perceiver, blocks = reference()
+    table = grown_table(lm)
+    features = features_BMSC[:, :, None] if HAS_SOURCES else features_BMSC
+    latents, locations = perceiver(features), tokens == IMAGE
+    for i, block in blocks.items():
+
+        def attend(_, args, kwargs, block=block):
+            return (block(args[0], latents, media_locations=locations), *args[1:]), kwargs
+
+        lm.model.layers[i].register_forward_pre_hook(attend, with_kwargs=True)
+    hidden = lm.model(inputs_embeds=torch.nn.functional.embedding(tokens, table)).last_hidden_state
+    return hidden @ table.T
+
+
+def state_dict(*, inside_layers: bool = False) -> dict[str, torch.Tensor]:
+    """What open_flamingo saves."""
+    lm, perceiver, blocks = reference()
+    state = {
+        f"perceiver.{name}": value
+        for name, value in perceiver.state_dict().items()
+        if name != "media_pos_emb"
+    }
+    for i, block in blocks.items():
+        where = f"model.layers.{i}.gated_cross_attn_layer" if inside_layers else f"gated_cross_attn_layers.{i}"
+        state.update({f"lang_encoder.{where}.{name}": value for name, value in block.state_dict().items()})
+    state["lang_encoder.model.embed_tokens.weight"] = grown_table(lm)
+    return state
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    reference()[0].save_pretrained(folder)
+    return folder
+
+
+def run_import(path: Path, held, lm_folder: Path, **options) -> Path:
+    torch.save(held, path / "checkpoint.pt")
+    settings = {"lm": str(lm_folder), "vision": "/clip", "image_id": IMAGE, "end_of_chunk_id": EOC}
+    arguments = ImportArguments(
+        source=str(path / "checkpoint.pt"), folder=str(path / "ours"), **{**settings, **options}
+    )
+    return import_network(arguments)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, VOCAB, (2, 10), generator=generator)
+    tokens[0, 2], tokens[0, 6], tokens[1, 0], tokens[1, 5] = IMAGE, IMAGE, IMAGE, IMAGE
+    tokens[0, 5], tokens[1, 9] = EOC, EOC
+    return tokens, torch.randn(2, 2, 5, FEATURES, generator=generator)
+
+
+def ours_of(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our ids and media index of their tokens."""
+    index = (tokens == IMAGE).cumsum(1).to(torch.int32)
+    ids = torch.where(tokens == IMAGE, VOCAB, torch.where(tokens == EOC, VOCAB + 1, tokens))
+    return ids, index
+
+
+def assert_same_logits(found, expected):
+    assert found.shape[-1] == VOCAB + 2
+    torch.testing.assert_close(found, expected[..., [*range(VOCAB), IMAGE, EOC]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training_file", [False, True])
+def test_an_imported_network_has_their_logits(lm_folder, inputs, tmp_path, training_file):
+    """Both kinds of file: bare, and as their training saves it."""
+    held = state_dict(inside_layers=training_file)
+    if training_file:
+        held = {"epoch": 1, "model_state_dict": {f"module.{n}": v for n, v in held.items()}}
+    folder = run_import(tmp_path, held, lm_folder)
+    tokens, features = inputs
+    assert_same_logits(logits(folder, *ours_of(tokens), features), their_logits(tokens, features))
+    config = read_network_config(folder, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    assert (config.cross_every, config.cross_phase, config.gated_positions()) == (2, "last", [1, 3])
+    assert (config.resampler.heads, config.resampler.depth, config.resampler.latents) == (8, 6, 64)
+    assert config.lm.weights == str(lm_folder)
+
+
+@pytest.mark.distributed
+def test_two_tensor_parallel_ranks_read_the_same_network(ranks, lm_folder, inputs, tmp_path):
+    folder = run_import(tmp_path, state_dict(), lm_folder)
+    tokens, features = inputs
+    for found in ranks.run(logits_of_ranks, str(folder), *ours_of(tokens), features, world=2, tensor=2):
+        assert_same_logits(found, their_logits(tokens, features))
+
+
+GATE = "lang_encoder.gated_cross_attn_layers.1.attn_gate"
+TO_KV = "perceiver.layers.2.0.to_kv.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop(GATE), "missing ['gated.1.attn_gate'] (1 in all)"),
+        (lambda s: s.pop(TO_KV), f"missing ['{TO_KV}'] (1 in all)"),
+        (lambda s: s.update(stray=torch.zeros(2)), "surplus ['stray'] (1 in all)"),
+        (lambda s: s.update({TO_KV: torch.zeros(5, FEATURES)}), f"{TO_KV} has shape (5, {FEATURES}) instead of"),
+        (lambda s: s.pop("lang_encoder.model.embed_tokens.weight"), "input embedding"),
+        (
+            lambda s: s.update({"module.perceiver.latents": s["perceiver.latents"] + 1}),
+            "module.perceiver.latents is there twice",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_named(lm_folder, tmp_path, change, says):
+    held = state_dict()
+    change(held)
+    with pytest.raises(ValueError) as told:
+        run_import(tmp_path, held, lm_folder)
+    assert says in str(told.value)
+    assert not list(tmp_path.glob("*ours*"))
+
+
+def test_blocks_of_another_depth_are_refused(lm_folder, tmp_path):
+    held = {n.replace("layers.3.", "layers.2.") if "gated" in n else n: v for n, v in state_dict().items()}
+    with pytest.raises(ValueError, match=r"gated layers before blocks \[1, 2\] of 4"):
+        run_import(tmp_path, held, lm_folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lm": ""}, "--lm"),
+        ({"vision": ""}, "--vision"),
+        ({"image_id": -1}, "--image-id"),
+        ({"image_id": 99}, "<image> is token 99, but the embedding has 63 rows"),
+    ],
+)
+def test_what_the_file_does_not_hold_is_asked_for(lm_folder, tmp_path, options, says):
+    with pytest.raises(ValueError) as told:
+        run_import(tmp_path, state_dict(), lm_folder, **options)
+    assert says in str(told.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_nothing_in_a_file_is_executed(lm_folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
+        run_import(tmp_path, {"perceiver.latents": Evil()}, lm_folder)
+    assert "executed" not in capsys.readouterr().out
