@@ -280,9 +280,7 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
     check_tensors(outside, their_shapes(rules, shapes), str(source), ignored=derived)
     tower.check()
     processor = source / "preprocessor_config.json"
-    write_tower(
-        folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None
-    )
+    write_tower(folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None)
     dtype = str(stated.get("dtype") or "float32").removeprefix("torch.")
     write_network(
         folder,
@@ -318,9 +316,7 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
     config = open_flamingo.network_config(file, lm, _stand_in(width))
     shapes, trainable = _shapes(_empty(config))
     tokens = open_flamingo.NewTokens(image=arguments.image_id, end_of_chunk=arguments.end_of_chunk_id)
-    parameters = open_flamingo.trainable_parameters(
-        file, config, tokens, {n: shapes[n] for n in trainable}
-    )
+    parameters = open_flamingo.trainable_parameters(file, config, tokens, {n: shapes[n] for n in trainable})
     write_network(
         folder,
         config,

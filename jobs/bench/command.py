@@ -16,6 +16,8 @@ from jobs.bench.checking import red_ops
 from jobs.bench.plot import write_plot
 from jobs.bench.shapes import OPS
 
+NETWORKS = ("3b", "9b", "80b-tp8", "3b-idefics", "9b-idefics")
+"""Of `jobs.bench.networks`, which needs megatron-core; a test compares them."""
 LEVELS = (*sweep.LEVELS, "step")
 NO_GPU = "No CUDA device here, so nothing is timed. Roofline (arithmetic from shapes, ceilings of an H100):"
 
@@ -51,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("--page", type=Path, help="write the page here too (default: OUT/kernels.md)")
     step = _command(commands, "step", _step, "tokens/s of a whole training step")
-    step.add_argument("--layers", type=int, default=4, help="blocks of the 3B-shaped network; default: 4")
+    step.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=("3b", "3b-idefics"), help="default: 3b 3b-idefics"
+    )
+    step.add_argument(
+        "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
+    )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
     losses = _command(commands, "losses", _losses, "short training run against the CPU's references")
     losses.add_argument("--steps", type=int, default=5, help="default: 5")
@@ -162,7 +169,11 @@ def _step(given: argparse.Namespace) -> int:
     _need_megatron()
     from jobs.bench.step import StepConfig, lines, run_step
 
-    results = run_step(StepConfig(device=device, tiny=given.tiny, layers=given.layers, rows=given.rows))
+    results = run_step(
+        StepConfig(
+            device=device, networks=given.networks, tiny=given.tiny, layers=given.layers, rows=given.rows
+        )
+    )
     rows.write_json(results, given.out / "step.json")
     for line in lines(results.rows):
         print(line, flush=True)

@@ -1,6 +1,6 @@
 """Networks of the step benchmark and of the comparison with the CPU, and batches for them.
 
-The sizes are those of the recipes `smoke` and `flamingo_3b` (a test compares them); the recipes themselves need the
+The sizes are those of the recipes `smoke` and `flamingo_3b`, `_9b` and `_80b` (a test compares them); the recipes themselves need the
 data pipeline, which a machine that only measures may lack.
 """
 
@@ -37,27 +37,126 @@ def smoke_network() -> FlamingoConfig:
     )
 
 
-def network_3b(layers: int) -> FlamingoConfig:
-    """Return the network of the recipe `flamingo_3b` with `layers` of its 24 blocks."""
-    width, heads = 2048, 16
-    vision = VisionConfig(name="tiny", image_size=320, tiny_width=1536)
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Sizes of a network of the step benchmark, on one GPU."""
+
+    width: int
+    """D."""
+    heads: int
+    """Heads of this GPU."""
+    every: int
+    """A gated block stands before every n-th block."""
+    head_dim: int = 128
+    """K."""
+    features: int = 1536
+    """C, and E."""
+    image_size: int = 320
+    """Pixels."""
+    vocab: int = 32_000
+    """V."""
+    tensor: int = 1
+    """Tensor-parallel degree whose slice this is: hidden widths and the vocabulary are divided by it, but for the
+    Resampler's FFW, which stays whole."""
+
+
+PAPER = {
+    "3b": Widths(width=2048, heads=16, every=1),
+    "9b": Widths(width=4096, heads=32, every=4),
+    "80b-tp8": Widths(width=8192, heads=8, every=7, tensor=8),
+}
+"""The paper's sizes; of the 80B what one of eight tensor-parallel GPUs computes."""
+IDEFICS = {
+    "3b-idefics": PAPER["3b"],
+    "9b-idefics": PAPER["9b"],
+    "smoke-idefics": Widths(width=64, heads=4, every=2, head_dim=16, features=32, image_size=32, vocab=260),
+}
+"""The same as transformers' IDEFICS can be it: SwiGLU, RMSNorm, rotary positions, an untied head."""
+NETWORKS = ("smoke", *PAPER, *IDEFICS)
+
+
+def network(name: str, layers: int | None = None) -> FlamingoConfig:
+    """Return the network `name` (of `NETWORKS`) with `layers` of its blocks; None for one gated block's group.
+
+    Raises:
+        ValueError: the name is unknown, or IDEFICS cannot have so many blocks.
+    """
+    if name == "smoke":
+        return smoke_network()
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r}: give one of {', '.join(NETWORKS)}.")
+    sizes = IDEFICS[name] if name in IDEFICS else PAPER[name]
+    layers = sizes.every if layers is None else layers
+    if name in IDEFICS and layers % sizes.every:
+        raise ValueError(f"{name} with {layers} blocks: give a multiple of {sizes.every}.")
+    return _idefics(sizes, layers) if name in IDEFICS else _paper(sizes, layers)
+
+
+def _vision(sizes: Widths) -> VisionConfig:
+    """Return an encoder of the right width; features come ready, so it never runs."""
+    return VisionConfig(name="tiny", image_size=sizes.image_size, tiny_width=sizes.features)
+
+
+def _paper(sizes: Widths, layers: int) -> FlamingoConfig:
+    width, tensor = sizes.width, sizes.tensor
     return FlamingoConfig(
         lm=LMConfig(
-            vocab_size=32_000,
+            vocab_size=sizes.vocab // tensor,
             num_layers=layers,
             width=width,
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=128,
-            ffn_width=4 * width,
+            num_heads=sizes.heads,
+            num_kv_heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            ffn_width=4 * width // tensor,
             activation="gelu",
+            positions="relative",
         ),
-        vision=vision,
-        resampler=ResamplerConfig(feature_width=vision.width, width=1536, latents=64),
+        vision=_vision(sizes),
+        resampler=ResamplerConfig(
+            feature_width=sizes.features, width=sizes.features, heads=16 // tensor, out_width=width
+        ),
         gated=GatedBlockConfig(
-            width=width, media_width=1536, heads=heads, head_dim=128, ffw_hidden=4 * width
+            width=width,
+            media_width=width,
+            heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            ffw_hidden=4 * width // tensor,
         ),
-        cross_every=1,
+        cross_every=sizes.every,
+    )
+
+
+def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
+    """Return a network that transformers' classes can be, too; hidden widths are LLaMA's for the width."""
+    width = sizes.width
+    hidden = -(-8 * width // 3 // sizes.head_dim) * sizes.head_dim
+    return FlamingoConfig(
+        lm=LMConfig(
+            vocab_size=sizes.vocab,
+            num_layers=layers,
+            width=width,
+            num_heads=sizes.heads,
+            num_kv_heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            ffn_width=hidden,
+            norm_eps=1e-6,
+            tied=False,
+        ),
+        vision=_vision(sizes),
+        resampler=ResamplerConfig(
+            feature_width=sizes.features, width=sizes.features, activation="relu", frames=1, frames_std=0.0
+        ),
+        gated=GatedBlockConfig(
+            width=width,
+            media_width=sizes.features,
+            heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            ffw_hidden=hidden,
+            activation="silu_gated",
+            norm="rms",
+            norm_eps=1e-6,
+        ),
+        cross_every=sizes.every,
     )
 
 

@@ -1,7 +1,7 @@
 """docs/benchmarks.md, written from results: a person changes this module, never the page."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jobs.bench.page_text import BASELINES, EXPECTATION, HOW, MEASURED, NO_FIGURES, ROOFLINE
@@ -93,7 +93,12 @@ def _figures(results: Results) -> list[str]:
     parts = ["## Named shapes\n\nMedians with 20/80 quantiles, milliseconds.\n\n" + _duel_table(named)]
     if swept:
         parts.append("## Sweep, forward and backward\n\n" + _duel_table(swept))
-    parts += [_goals(fought), _losses(fought), _every(results.rows, named), _steps(results.rows)]
+    parts += [
+        _goals(fought, results.rows),
+        _losses(fought),
+        _every(results.rows, named),
+        _steps(results.rows),
+    ]
     parts.append(_without_speed(results))
     return [part for part in parts if part]
 
@@ -113,7 +118,7 @@ def _duel_table(fought: Sequence[Duel]) -> str:
     return "\n".join(lines) if fought else "Nothing was timed on both sides."
 
 
-def _goals(fought: Sequence[Duel]) -> str:
+def _goals(fought: Sequence[Duel], rows: Sequence[Row]) -> str:
     """Return which goals are met; one that was not measured is neither met nor missed."""
     lines = ["## Goals", "", "| goal | shape | measured | met |", "| --- | --- | --- | --- |"]
     core = [duel for duel in fought if (duel.level, duel.op) == ("core", "gated_xattn")]
@@ -133,7 +138,22 @@ def _goals(fought: Sequence[Duel]) -> str:
     if layers:
         shown = f"slower at {len(slower)} of {len(layers)}" if slower else f"none slower of {len(layers)}"
         lines.append(f"| layer never slower | all that were timed | {shown} | {'no' if slower else 'yes'} |")
+    lines += _step_goals(rows)
     return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _step_goals(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the goals of a whole step at 3B and 9B: useful MFU, and the speed beside transformers' classes."""
+    steps = [row for row in rows if row.level == "step" and row.status == "timed"]
+    for row in steps:
+        if row.ours and row.shape in ("3b", "9b") and row.useful_mfu is not None:
+            met = "yes" if row.useful_mfu >= 0.4 else "no"
+            yield f"| step: useful MFU 40% | {row.shape}, {row.sizes} | {row.useful_mfu:.1%} | {met} |"
+        theirs = [r for r in steps if r.shape == row.shape and "IDEFICS" in r.contender]
+        if row.ours and row.shape == "3b-idefics" and theirs and row.median_ms:
+            ratio = _time(theirs[0]) / row.median_ms
+            met = "yes" if ratio >= 2 else "no"
+            yield f"| step: 2 times IDEFICS' classes | {row.shape}, {row.sizes} | {ratio:.2f} | {met} |"
 
 
 def _losses(fought: Sequence[Duel]) -> str:
@@ -172,13 +192,17 @@ def _steps(rows: Sequence[Row]) -> str:
     lines = [
         "## Whole step",
         "",
-        "| network | implementation | tokens/s | ms a step | peak MB |",
-        "|---|---|---|---|---|",
+        "Useful MFU: needed FLOPs by the time, as a share of a large matrix product's rate in the same run.",
+        "",
+        "| network | implementation | tokens/s | useful MFU | ms a step | peak MB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in steps:
         shown = _number(row.tokens_per_s) or f"{row.status}: {row.reason}"
+        mfu = "" if row.useful_mfu is None else f"{row.useful_mfu:.1%}"
         lines.append(
-            f"| {row.shape}, {row.sizes} | {row.contender} | {shown} | {_spread(row)} | {_number(row.peak_mb)} |"
+            f"| {row.shape}, {row.sizes} | {row.contender} | {shown} | {mfu} | {_spread(row)} | "
+            f"{_number(row.peak_mb)} |"
         )
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ HOW = """
 make bench                                    # flamingo bench kernels: everything, into runs/bench (hours on a GPU)
 flamingo bench kernels --budget-seconds 240   # the most important shapes first, the rest left
 flamingo bench kernels --ops gated_xattn --levels core --shapes 9B
-flamingo bench step                           # the step level alone, other sizes: tokens/s, reference and Triton
+flamingo bench step --networks 9b 80b-tp8     # the step level alone, other sizes
 flamingo bench losses                         # a short fp32 training run against the same run on the CPU
 flamingo bench page benchmarks/results/*.json --page docs/benchmarks.md
 make gpu-check                                # kernel tests on the GPU and all of the above, in under nine minutes
@@ -38,8 +38,9 @@ MEASURED = """
 - **Modes**: fwd builds the graph for a backward; bwd runs that graph again; fwd+bwd is both, with peak and saved
   memory beyond the inputs. All inputs want gradients.
 - **Levels**: core is the operation alone on ready queries, keys and values; layer is the model's own GATED
-  XATTN-DENSE block or Resampler layer with all weight gradients; step is a network of 3B's widths with few blocks,
-  optimizer included.
+  XATTN-DENSE block or Resampler layer with all weight gradients; step is a network of 3B's widths (or 9B's, or
+  one of eight tensor-parallel slices of 80B's) with few blocks, optimizer included, beside the same weights in
+  transformers' Idefics classes where those can be the network (names in -idefics).
 - **Sweep**: images 1, 2, 5, 8, 16, 32; rows 256, 512, 2048; heads 128 and 64 wide; spans even, skewed, with text
   before the first image, and without any image; batches of 16,384 rows and of one sample; features 100 to 6,750 for
   the Resampler.

@@ -51,6 +51,8 @@ class Row:
     """Needed FLOPs by the time, 1e12/s."""
     tokens_per_s: float | None = None
     """For a step."""
+    useful_mfu: float | None = None
+    """For a step: needed FLOPs by the time, as a share of a large matrix product's rate in the same run."""
     peak_mb: float | None = None
     """Memory above the inputs at the peak of forward and backward, 1e6 bytes."""
     saved_mb: float | None = None

@@ -1,30 +1,41 @@
-"""`flamingo bench step`: forward, backward and optimizer of a whole network, reference against Triton.
+"""`flamingo bench step`: forward, backward and optimizer of a whole network: reference, Triton, transformers' IDEFICS.
 
 Everything in one process without DeepSpeed: what ZeRO moves between GPUs is not what kernels change.
 """
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.planning.flops import dataset_flops
+from flamingo_dist.planning.workload import DatasetShape
+from flamingo_dist.training.batch import TrainBatch
+from flamingo_dist.training.config import OptimizerConfig
+from flamingo_dist.training.optimizer import make_optimizer
+from jobs.bench import idefics
 from jobs.bench.contender import LeftOutError
 from jobs.bench.networks import (
+    IDEFICS,
     BatchConfig,
     build,
     make_batch,
-    network_3b,
+    network,
     one_process,
-    smoke_network,
     with_implementation,
 )
 from jobs.bench.rows import Results, Row, environment
-from jobs.bench.timing import Clock
+from jobs.bench.timing import Clock, matmul_rate
 from kernels.config import can_launch
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative difference of the first loss between implementations; beyond it nothing is timed."""
+TINY = ("smoke", "smoke-idefics")
+"""Networks of a machine without a GPU."""
+_OURS = ("reference", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +44,12 @@ class StepConfig:
 
     device: torch.device
     """Where."""
+    networks: Sequence[str] = ("3b", "3b-idefics")
+    """Names of `jobs.bench.networks.NETWORKS`."""
     tiny: bool = False
-    """The smoke network in fp32 with a handful of tokens, for a machine without a GPU."""
-    layers: int = 4
-    """Blocks of the 3B-shaped network, a gated block before each."""
+    """The smoke networks in fp32 with a handful of tokens, for a machine without a GPU."""
+    layers: int | None = None
+    """Blocks of each network; None for 4, or one group of a gated block where that has more."""
     rows: int = 32
     """Samples of the batch."""
     length: int = 256
@@ -49,109 +62,166 @@ class StepConfig:
         """Dtype of parameters and activations."""
         return torch.float32 if self.tiny else torch.bfloat16
 
-    @property
-    def size(self) -> BatchConfig:
-        """Size of the batch."""
+    def size(self, model: FlamingoConfig) -> BatchConfig:
+        """Return the size of the batch for a network."""
         if self.tiny:
-            return BatchConfig(rows=1, length=6, media=1)
+            return BatchConfig(rows=1, length=6, media=1, features=model.vision.num_features)
         return BatchConfig(rows=self.rows, length=self.length, media=self.media, features=100)
+
+    def model(self, name: str) -> FlamingoConfig:
+        """Return the network `name`, gates open so that what is behind them decides the loss."""
+        group = network(name)
+        layers = self.layers
+        if layers is None:
+            layers = max(4, group.cross_every) if not self.tiny else None
+        return with_implementation(network(name, layers), "reference", gate_init=0.5)
 
 
 def run_step(config: StepConfig) -> Results:
-    """Return one row for each implementation, with tokens a second."""
-    rows: list[Row] = []
-    first: float | None = None
-    with one_process(config.device):
-        for implementation in ("reference", "triton"):
-            blank = _blank(config, implementation)
-            try:
-                step, loss, peak = _prepare(config, implementation)
-            except LeftOutError as reason:
-                rows.append(replace(blank, reason=str(reason)))
-                continue
-            except torch.cuda.OutOfMemoryError:
-                rows.append(replace(blank, reason="out of memory: fewer --layers or --rows"))
-                continue
-            first = loss if first is None else first
-            difference = abs(loss - first) / abs(first)
-            if not difference <= AGREEMENT[config.dtype]:
-                why = f"first loss {loss:.5f}, the reference's {first:.5f}"
-                rows.append(replace(blank, status="refused", reason=why, worst_error=difference))
-                continue
-            rows.append(_timed(replace(blank, worst_error=difference), config, step, peak))
-            del step
-            if config.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return Results(environment=environment(config.device), rows=rows)
-
-
-def _blank(config: StepConfig, implementation: str) -> Row:
-    size = config.size
-    layers = smoke_network().lm.num_layers if config.tiny else config.layers
-    sizes = f"layers={layers} batch={size.rows} rows={size.length} images={size.media}"
-    return Row(
-        level="step", op="Flamingo", shape="tiny" if config.tiny else f"3B width, {config.layers} blocks",
-        sizes=sizes, contender=implementation, ours=implementation == "triton", mode="step",
-        dtype=str(config.dtype).removeprefix("torch."), status="left out",
-    )  # fmt: skip
-
-
-def _prepare(config: StepConfig, implementation: str) -> tuple[Any, float, Any]:
-    """Return the step as a function of nothing, its first loss, and what tells the peak of memory in MB."""
-    from flamingo_dist.training.config import OptimizerConfig
-    from flamingo_dist.training.optimizer import make_optimizer
-
-    if implementation == "triton" and not can_launch(torch.empty(1, device=config.device)):
-        raise LeftOutError("Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start")
-    network = smoke_network() if config.tiny else network_3b(config.layers)
-    network = with_implementation(network, implementation, gate_init=0.5)
-    model = build(network, config.dtype, config.device, seed=0)
-    # The encoder is not part of the comparison: features come ready.
-    batch = make_batch(network, config.size, seed=0).to(config.device)
-    optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=1e-4))
-    targets, tokens = batch.targets(), batch.num_loss_tokens()
-
-    def step() -> torch.Tensor:
-        out = model(
-            batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM, targets_BT=targets
-        )
-        assert out.nll_BT is not None, "targets were given"
-        loss = out.nll_BT.sum() / tokens
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def peak() -> float | None:
-        if config.device.type != "cuda":
-            return None
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 1e6
-
-    return step, float(step()), peak
-
-
-def _timed(row: Row, config: StepConfig, step: Any, peak: Any) -> Row:
+    """Return one row for each network and contender, with tokens a second and useful MFU."""
     clock = Clock(config.device, budget_ms=5_000.0, min_repeats=3, max_repeats=30)
     if config.tiny:
         clock = Clock(config.device, budget_ms=1.0, min_repeats=2, max_repeats=2)
+    peak = matmul_rate(clock, config.dtype)
+    rows: list[Row] = []
+    with one_process(config.device):
+        for name in TINY if config.tiny else config.networks:
+            contenders = (*_OURS, idefics.NAME) if name in IDEFICS else _OURS
+            rows += _compare(config, name, contenders, clock, peak)
+    about = environment(
+        config.device,
+        matmul_tflop_per_s=peak / 1e12,
+        dtype=str(config.dtype).removeprefix("torch."),
+    )
+    return Results(environment=about, rows=rows)
+
+
+def _compare(
+    config: StepConfig, name: str, contenders: Sequence[str], clock: Clock, peak: float
+) -> list[Row]:
+    """Return a network's rows; whose first loss is not the first contender's gets no speed."""
+    rows: list[Row] = []
+    first: float | None = None
+    for contender in contenders:
+        blank = _blank(config, name, contender)
+        try:
+            step = _Step(config, name, contender)
+            loss = float(step())
+        except LeftOutError as reason:
+            rows.append(replace(blank, reason=str(reason)))
+            continue
+        except torch.cuda.OutOfMemoryError:
+            rows.append(replace(blank, reason="out of memory: fewer --layers or --rows"))
+            continue
+        finally:
+            _release(config.device)
+        first = loss if first is None else first
+        difference = abs(loss - first) / abs(first)
+        if difference <= AGREEMENT[config.dtype]:
+            rows.append(_timed(replace(blank, worst_error=difference), config, step, clock, peak))
+        else:
+            why = f"first loss {loss:.5f}, the reference's {first:.5f}"
+            rows.append(replace(blank, status="refused", reason=why, worst_error=difference))
+        del step
+    return rows
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _blank(config: StepConfig, name: str, contender: str) -> Row:
+    model = config.model(name)
+    size = config.size(model)
+    sizes = f"layers={model.lm.num_layers} batch={size.rows} rows={size.length} images={size.media}"
+    return Row(
+        level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender, ours=contender == "triton",
+        mode="step", dtype=str(config.dtype).removeprefix("torch."), status="left out",
+    )  # fmt: skip
+
+
+class _Step:
+    """One optimizer step of a network on a batch that stays; a call returns the loss, 0-dim."""
+
+    def __init__(self, config: StepConfig, name: str, contender: str) -> None:
+        if contender == "triton" and not can_launch(torch.empty(1, device=config.device)):
+            raise LeftOutError(
+                "Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start"
+            )
+        self.config = config.model(name)
+        if contender in _OURS:
+            self.config = with_implementation(self.config, contender, gate_init=0.5)
+        self.size = config.size(self.config)
+        ours = build(self.config, config.dtype, config.device, seed=0)
+        self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
+        batch = make_batch(self.config, self.size, seed=0).to(config.device)
+        self.batch: TrainBatch = replace(batch, media=batch.media.to(config.dtype))
+        self.targets_BT, self.tokens = batch.targets(), batch.num_loss_tokens()
+        # The same optimizer on the same numbers of weights; which of them decay costs nothing.
+        self.optimizer = make_optimizer(self.network.named_parameters(), OptimizerConfig(lr=1e-4))
+
+    def __call__(self) -> Tensor:
+        loss = self._loss_sum() / self.tokens
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _loss_sum(self) -> Tensor:
+        batch = self.batch
+        if not isinstance(self.network, Flamingo):
+            total: Tensor = self.network(batch, self.targets_BT)
+            return total
+        out = self.network(
+            batch.tokens_BT,
+            batch.media_index_BT,
+            batch.media,
+            batch.media_mask_BM,
+            targets_BT=self.targets_BT,
+        )
+        assert out.nll_BT is not None, "targets were given"
+        return out.nll_BT.sum()
+
+    def useful_flops(self) -> float:
+        """Return the operations that a step needs: forward and backward, nothing computed twice."""
+        size = self.size
+        shape = DatasetShape(
+            name="bench", rows=size.rows, tokens=size.length, media=size.media, frames=1, pixels=False
+        )
+        parts = dataset_flops(self.config, shape, checkpointing=False)
+        return sum(part.useful for part in parts.values())
+
+
+def _timed(row: Row, config: StepConfig, step: _Step, clock: Clock, peak: float) -> Row:
     times = clock.measure(step)
-    tokens = config.size.rows * config.size.length
+    seconds = 1e-3 * times.median
+    rate = step.useful_flops() / seconds
     return replace(
         row, status="timed", median_ms=times.median, q20_ms=times.low, q80_ms=times.high, repeats=times.repeats,
-        clock=times.how, tokens_per_s=tokens / (1e-3 * times.median), peak_mb=peak(),
+        clock=times.how, tokens_per_s=step.size.rows * step.size.length / seconds, tflop_per_s=rate / 1e12,
+        useful_mfu=rate / peak, peak_mb=_peak_mb(config.device, step),
     )  # fmt: skip
+
+
+def _peak_mb(device: torch.device, step: Callable[[], object]) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e6
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what the terminal says about the rows of a step benchmark."""
     for row in rows:
         if row.median_ms is None or row.tokens_per_s is None:
-            yield f"{row.contender}: {row.status}: {row.reason}"
+            yield f"{row.shape}, {row.contender}: {row.status}: {row.reason}"
         else:
             yield (
                 f"{row.contender}: {row.tokens_per_s:,.0f} tokens/s, median {row.median_ms:.1f} ms "
-                f"({row.q20_ms:.1f} to {row.q80_ms:.1f}), {row.shape}, {row.sizes}"
+                f"({row.q20_ms:.1f} to {row.q80_ms:.1f}), useful MFU {row.useful_mfu:.1%} of the measured "
+                f"matrix rate, {row.shape}, {row.sizes}"
             )

@@ -135,6 +135,13 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * size / (1e-3 * clock.measure(lambda: target.copy_(source)).median)
 
 
+def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """Return the operations a second of a large matrix product of `dtype` on the clock's device."""
+    size = 8192 if clock.device.type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
+    return 2 * size**3 / (1e-3 * clock.measure(lambda: a @ b).median)
+
+
 def _summary(times: list[float], how: str) -> Times:
     cuts = quantiles(times, n=10, method="inclusive")
     return Times(median=cuts[4], low=cuts[1], high=cuts[7], repeats=len(times), how=how)

@@ -7,6 +7,7 @@ import torch
 from jobs.bench import layers, networks, others, roofline, xattn
 from jobs.bench.cases import expected, make_case
 from jobs.bench.checking import poisoned
+from jobs.bench.command import NETWORKS
 from jobs.bench.compare import check, compare, core_subject
 from jobs.bench.contender import Built, Contender, LeftOutError
 from jobs.bench.rows import Row
@@ -175,11 +176,24 @@ def test_layers_agree_and_a_wrong_core_is_refused(shape):
 
 
 def test_networks_are_those_of_the_recipes():
-    from jobs.recipes.large import flamingo_3b
+    from jobs.recipes.large import flamingo_3b, flamingo_9b, flamingo_80b
     from jobs.recipes.smoke import smoke
 
-    assert networks.smoke_network() == smoke().model
-    assert networks.network_3b(24) == flamingo_3b().model
+    assert networks.network("smoke") == smoke().model
+    for name, recipe in (("3b", flamingo_3b), ("9b", flamingo_9b), ("80b-tp8", flamingo_80b)):
+        whole, measured = recipe().model, networks.network(name, recipe().model.lm.num_layers)
+        cut = {"80b-tp8": 8}.get(name, 1)
+        shares = {
+            "lm": ("vocab_size", "num_heads", "num_kv_heads", "ffn_width"),
+            "gated": ("heads", "ffw_hidden"),
+            "resampler": ("heads",),
+        }
+        for part, names in shares.items():
+            theirs = getattr(whole, part)
+            slices = {field: getattr(theirs, field) // cut for field in names}
+            assert replace(theirs, **slices) == getattr(measured, part)
+        assert measured.cross_every == whole.cross_every
+    assert set(NETWORKS) == set(networks.NETWORKS) - {"smoke", "smoke-idefics"}
 
 
 def test_resampler_contenders_start_with_ours():

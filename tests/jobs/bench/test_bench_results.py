@@ -154,8 +154,18 @@ def test_tiny_run_goes_the_whole_way(no_gpu, tmp_path, capsys):
     assert "no backward on a CPU" in status["core", "gated_xattn", "B4 Flex 64", "bwd"]["reason"]
     assert "needs CUDA" in status["core", "gated_xattn", "B5 varlen FA2", "fwd"]["reason"]
     assert status["layer", "gated_xattn", "reference", "fwd+bwd"]["status"] == "timed"
-    assert status["step", "Flamingo", "reference", "step"]["tokens_per_s"] > 0
-    assert "need CUDA" in status["step", "Flamingo", "triton", "step"]["reason"]
+    steps = {(r["shape"], r["contender"]): r for r in data["rows"] if r["level"] == "step"}
+    assert len(steps) == 5
+    for name in (
+        ("smoke", "reference"),
+        ("smoke-idefics", "reference"),
+        ("smoke-idefics", "IDEFICS (transformers)"),
+    ):
+        assert steps[name]["status"] == "timed", steps[name]["reason"]
+        assert steps[name]["tokens_per_s"] > 0
+        assert steps[name]["useful_mfu"] > 0
+        assert steps[name]["worst_error"] < 1e-5, "the same network, the same weights"
+    assert "need CUDA" in steps["smoke", "triton"]["reason"]
     text = (tmp_path / "kernels.md").read_text()
     assert "WITHOUT a GPU" in text
     assert "## Whole step" in text

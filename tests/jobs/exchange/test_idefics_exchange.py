@@ -7,7 +7,12 @@ from typing import get_args
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, CLIPVisionModel, IdeficsConfig, IdeficsForVisionText2Text
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionModel,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+)
 
 from flamingo_dist.models.exchange import idefics
 from flamingo_dist.models.exchange.folder import read_network_config
@@ -142,7 +147,9 @@ def test_two_tensor_parallel_ranks_read_the_same_network(ranks, theirs, imported
         torch.testing.assert_close(found, logits(imported, *given), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"additional_vocab_size": 0, "alpha_type": "float", "qk_layer_norms": False}])
+@pytest.mark.parametrize(
+    "options", [{"additional_vocab_size": 0, "alpha_type": "float", "qk_layer_norms": False}]
+)
 def test_other_options(tmp_path, inputs, options):
     _, index, pixels = inputs
     tokens = inputs[0].clamp(max=VOCAB - 1)
@@ -175,9 +182,7 @@ def test_pixels_go_through_the_imported_tower(theirs, imported, inputs):
         mask = torch.ones(2, 2, dtype=torch.bool)
         found = model(tokens, index, raw[:, :, None].to(torch.uint8), mask).logits_BTV
         normalised = model.vision.normalise(raw.flatten(0, 1).to(torch.uint8)).unflatten(0, (2, 2))
-    torch.testing.assert_close(
-        found, their_logits(theirs, tokens, index, normalised), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(found, their_logits(theirs, tokens, index, normalised), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not HAS_CLIP, reason="this version has no CLIP encoder")
@@ -189,7 +194,9 @@ def test_the_command_exports_what_transformers_loads(theirs, imported, inputs, t
 
 def tower(imported) -> Tower:
     return Tower(
-        stated={**TOWER, "hidden_act": "gelu"}, source=TensorFolder(imported / "vision"), prefix="vision_model."
+        stated={**TOWER, "hidden_act": "gelu"},
+        source=TensorFolder(imported / "vision"),
+        prefix="vision_model.",
     )
 
 
@@ -275,7 +282,10 @@ BLOCK = "model.gated_cross_attn_layers.1.cross_attn.q_proj.weight"
     ("change", "says"),
     [
         (lambda s: s.pop(BLOCK), f"missing ['{BLOCK}'] (1 in all)"),
-        (lambda s: s.pop("model.vision_model.pre_layrnorm.bias"), "missing ['model.vision_model.pre_layrnorm.bias']"),
+        (
+            lambda s: s.pop("model.vision_model.pre_layrnorm.bias"),
+            "missing ['model.vision_model.pre_layrnorm.bias']",
+        ),
         (lambda s: s.update(stray=torch.zeros(2)), "surplus ['stray'] (1 in all)"),
         (lambda s: s.update({BLOCK: torch.zeros(31, 32)}), f"{BLOCK} has shape (31, 32) instead of (32, 32)"),
     ],

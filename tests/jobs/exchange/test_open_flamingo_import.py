@@ -102,7 +102,9 @@ def state_dict(*, inside_layers: bool = False) -> dict[str, torch.Tensor]:
         if name != "media_pos_emb"
     }
     for i, block in blocks.items():
-        where = f"model.layers.{i}.gated_cross_attn_layer" if inside_layers else f"gated_cross_attn_layers.{i}"
+        where = (
+            f"model.layers.{i}.gated_cross_attn_layer" if inside_layers else f"gated_cross_attn_layers.{i}"
+        )
         state.update({f"lang_encoder.{where}.{name}": value for name, value in block.state_dict().items()})
     state["lang_encoder.model.embed_tokens.weight"] = grown_table(lm)
     return state
@@ -178,7 +180,10 @@ TO_KV = "perceiver.layers.2.0.to_kv.weight"
         (lambda s: s.pop(GATE), "missing ['gated.1.attn_gate'] (1 in all)"),
         (lambda s: s.pop(TO_KV), f"missing ['{TO_KV}'] (1 in all)"),
         (lambda s: s.update(stray=torch.zeros(2)), "surplus ['stray'] (1 in all)"),
-        (lambda s: s.update({TO_KV: torch.zeros(5, FEATURES)}), f"{TO_KV} has shape (5, {FEATURES}) instead of"),
+        (
+            lambda s: s.update({TO_KV: torch.zeros(5, FEATURES)}),
+            f"{TO_KV} has shape (5, {FEATURES}) instead of",
+        ),
         (lambda s: s.pop("lang_encoder.model.embed_tokens.weight"), "input embedding"),
         (
             lambda s: s.update({"module.perceiver.latents": s["perceiver.latents"] + 1}),
