@@ -79,7 +79,8 @@ PUBLISHED = {
     "qwen_1b": 1_720_574_976,
     "qwen_7b": 7_615_616_512,
     "qwen_70b": 72_706_203_648,
-    "mpt_1b": 1_311_311_872 + 2 * 24 * 2048,  # trunk, and the scales of the norms of queries and keys
+    # Published as 1.3B: 12 D^2 a block, a tied vocabulary, four scales a block and the last norm.
+    "mpt_1b": 24 * 12 * 2048**2 + 50_368 * 2048 + (4 * 24 + 1) * 2048,
     "mpt_7b": 6_649_286_656,
     "opt_1b": 1_315_758_080,
     "gpt2_1b": 1_557_611_200,
