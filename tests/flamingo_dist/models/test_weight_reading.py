@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from flamingo_dist.models.lm import LanguageModel
 from flamingo_dist.models.weights import extra as extra_rows
 from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights, read_lm_config
+from flamingo_dist.models.weights.layout import lm_layout
 from flamingo_dist.models.weights.ranges import RangeFile
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from tests.data_pipeline.servers import flaky_server
 from tests.flamingo_dist.models.lm_oracles import MPT, VOCAB, edit_config, save_oracles
+from tests.flamingo_dist.models.measure_loading import CONFIG
 from tests.flamingo_dist.models.test_lm import lm_logits, load_lm, our_logits
 from tests.flamingo_dist.planning.shapes import fake_world
 
@@ -90,30 +92,22 @@ def test_a_rank_reads_only_its_slices(saved):
     assert max(read) < 0.51 * size
 
 
-MEASURE = """
-import resource, sys, torch
-from flamingo_dist.models.weights.safetensors import SafetensorsSource
-url, threads = sys.argv[1], torch.set_num_threads(1)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-source = SafetensorsSource(url)
-source.read("norm")
-before = peak()
-for name in source.shapes():
-    part = source.read(name, slice(None), slice(0, 512)) if name != "norm" else None
-    part = source.read(name, slice(0, 2048)) if name != "norm" else None
-print(peak() - before)
-"""
-
-
-def test_memory_beside_the_slice_is_one_block(tmp_path):
-    """A process reads eighths of matrices of 128 MiB, columns and rows: its peak grows by a slice and a block."""
-    tensors = {f"m{i}": torch.zeros(16_384, 4_096, dtype=torch.bfloat16) for i in range(2)}
-    save_file(tensors | {"norm": torch.zeros(8)}, tmp_path / "model.safetensors")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    grown = int(out.stdout.splitlines()[-1])
-    slice_bytes, block = 16_384 * 512 * 2, 32 << 20
-    assert slice_bytes <= grown <= 2 * slice_bytes + block + (8 << 20), grown / 2**20
+def test_peak_memory_is_the_shard_and_one_layer(tmp_path):
+    """A process fills one of two ranks, in blocks as from a remote storage: the half, and at most one layer."""
+    tensors = {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in lm_layout(CONFIG).stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layer = sum(t.numel() * 2 for n, t in tensors.items() if ".layers.0." in n)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.flamingo_dist.models.measure_loading",
+        str(tmp_path),
+        str(1 << 20),
+    ]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    grown, shard = map(int, out.stdout.splitlines()[-1].split())
+    assert shard > 2.9 * layer
+    assert shard <= grown <= shard + layer, (grown / 2**20, shard / 2**20, layer / 2**20)
 
 
 def test_mosaic_gpt_and_exports_without_a_root(saved, tmp_path):
