@@ -36,7 +36,7 @@ def test_recipe_equals_its_golden_dump(name):
     assert dumped == (GOLDEN / f"{name}.json").read_text()
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*NAMED, "llama_7b", "mpt_7b"])
 def test_configuration_survives_the_run_folder(name, tmp_path):
     config = RECIPES[name].config()
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
