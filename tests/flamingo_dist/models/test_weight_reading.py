@@ -20,7 +20,9 @@ from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights,
 from flamingo_dist.models.weights.layout import lm_layout
 from flamingo_dist.models.weights.ranges import RangeFile
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
-from flamingo_dist.parallel.topology import single_process
+from flamingo_dist.parallel.topology import Topology, single_process
+from flamingo_dist.parallel.zero import fill_parameters
+from flamingo_dist.training.published import PublishedWeights
 from tests.data_pipeline.servers import flaky_server
 from tests.flamingo_dist.models.lm_oracles import MPT, VOCAB, edit_config, save_oracles
 from tests.flamingo_dist.models.measure_loading import CONFIG
@@ -90,6 +92,41 @@ def test_a_rank_reads_only_its_slices(saved):
     norms = 5 * 48 * 4
     assert sum(read) == size - headers + norms
     assert max(read) < 0.51 * size
+
+
+def fill_over_http(topology: Topology, url: str, name: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """Fill an LM as a run does; the exchange of columns makes each rank's bytes one range."""
+    config = read_lm_config(f"{url}/{name}")
+    published = PublishedWeights(config, topology)
+    lm = LanguageModel(config, torch.float32)
+
+    def value_of(name: str, param: torch.nn.Parameter) -> torch.Tensor:
+        return torch.zeros(param.shape) if ".extra" in name else published.values(name, param)
+
+    fill_parameters(lm, value_of)
+    assert isinstance(published.source, SafetensorsSource)
+    return published.source.bytes_read, {"logits": lm_logits(lm, TOKENS, cached=False)}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2)])
+def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, world, tensor):
+    folder, models = saved
+    (file,) = (folder / "llama").glob("*.safetensors")
+    with torch.no_grad():
+        expected = models["llama"](TOKENS).logits
+    with flaky_server(folder, share=0.0) as server:
+        found = ranks.run(fill_over_http, server.url, "llama", world=world, tensor=tensor)
+        sent = server.bytes_sent
+    for _, result in found:
+        torch.testing.assert_close(result["logits"], expected, atol=1e-4, rtol=0)
+    size = file.stat().st_size
+    headers = size - 4 * sum(p.numel() for p in models["llama"].parameters())
+    config, norms = (folder / "llama" / "config.json").stat().st_size, 5 * 48 * 4
+    # All ranks read headers, config.json and a byte to see whether the file is there; every weight is read once,
+    # norms by each tensor-parallel rank.
+    assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (config + 1)
+    assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
 
 
 def test_peak_memory_is_the_shard_and_one_layer(tmp_path):
