@@ -10,13 +10,13 @@ Naming = Literal["llama", "opt", "gpt2", "mpt", "mosaic_gpt"]
 class RopeScaling:
     """LLaMA-3's stretching of the slow rotary frequencies ("llama3" in Hugging Face configurations)."""
 
-    factor: float
-    """Frequencies with wavelengths beyond `original_positions / low_freq` are divided by this."""
-    low_freq: float
+    factor: float = 1.0
+    """Frequencies with wavelengths beyond `original_positions / low_freq` are divided by this; 1 leaves all alone."""
+    low_freq: float = 1.0
     """Turns in the original context below which a frequency is divided whole."""
-    high_freq: float
+    high_freq: float = 4.0
     """Turns in the original context above which a frequency stays; between the two it is blended."""
-    original_positions: int
+    original_positions: int = 8192
     """Context length of the first pretraining."""
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class LMConfig:
     or a learned table beside the embedding (OPT, GPT-2)."""
     rope_base: float = 10000.0
     """Base of the rotary position frequencies."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling = RopeScaling()
     """LLaMA-3's stretching of the rotary frequencies."""
     alibi_max: float = 8.0
     """ALiBi: minus the binary logarithm of the flattest slope."""
@@ -116,5 +116,5 @@ class LMConfig:
             allowed = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {allowed}.")
-        if self.rope_scaling is not None and self.positions != "rotary":
-            raise ValueError(f"rope_scaling needs positions='rotary', not {self.positions!r}.")
+        if self.rope_scaling.factor != 1 and self.positions != "rotary":
+            raise ValueError(f"rope_scaling.factor needs positions='rotary', not {self.positions!r}.")

@@ -22,7 +22,7 @@ def rotary_angles(positions: Tensor, config: LMConfig) -> Tensor:
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     inverse = 1.0 / (config.rope_base ** (exponents / config.head_dim))
-    if config.rope_scaling is not None:
+    if config.rope_scaling.factor != 1:
         inverse = _stretch(inverse, config.rope_scaling)
     angles = positions.float()[..., None] * inverse
     return torch.cat([angles, angles], dim=-1)

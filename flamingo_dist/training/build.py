@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
-from flamingo_dist.models.weights import WeightSource, extra_start, lm_shard, open_lm_weights
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from flamingo_dist.parallel.zero import (
     building,
@@ -22,6 +21,7 @@ from flamingo_dist.parallel.zero import (
 )
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.optimizer import make_optimizer
+from flamingo_dist.training.published import PublishedWeights
 
 
 def parameter_values(
@@ -31,29 +31,23 @@ def parameter_values(
 
     The frozen LM's come from its published weights, the rest from the seed and the parameter's name.
     """
-    source = None if config.lm.weights is None else open_lm_weights(config.lm)
+    published = None if config.lm.weights is None else PublishedWeights(config.lm, topology)
     place = {"tp_rank": topology.tensor_rank, "tp_size": topology.tensor}
 
     def value_of(name: str, param: nn.Parameter) -> Tensor:
-        if source is not None and name.startswith("lm.") and ".extra" not in name:
-            return lm_shard(source, name.removeprefix("lm."), param.shape, config.lm, **place)
-        if source is not None and ".extra" in name:
-            return _extra_rows(source, config, param, name, seed)
+        if published is not None and ".extra" in name:
+            # Near published rows, apart by a little noise.
+            start, spread = published.extra_start(head="head" in name)
+            noise = ParamTag(std=0.1 * spread)
+            return start + draw(name, noise, param.shape, seed=seed, tp_rank=0, tp_size=1)
+        if published is not None and name.startswith("lm."):
+            return published.values(name.removeprefix("lm."), param)
         param_tag: ParamTag | None = getattr(param, "flamingo_tag", None)
         if param_tag is None:
             raise RuntimeError(f"parameter {name} has no tag; make it through flamingo_dist.models.init.tag.")
         return draw(name, param_tag, param.shape, seed=seed, **place)
 
     return value_of
-
-
-def _extra_rows(
-    source: WeightSource, config: FlamingoConfig, param: nn.Parameter, name: str, seed: int
-) -> Tensor:
-    """Start the rows of `<image>` and `<EOC>` from published ones, apart by a little noise."""
-    start, spread = extra_start(source, config.lm, head="head" in name)
-    noise = ParamTag(std=0.1 * spread)
-    return start + draw(name, noise, param.shape, seed=seed, tp_rank=0, tp_size=1)
 
 
 def build_model(

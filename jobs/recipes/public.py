@@ -55,7 +55,7 @@ def _paper_run(
 
 def _llama(**shape: Any) -> LMConfig:
     """Return an LM of LLaMA 3.1's and 3.2's vocabulary and positions."""
-    scaling = RopeScaling(factor=shape.pop("factor"), low_freq=1.0, high_freq=4.0, original_positions=8192)
+    scaling = RopeScaling(factor=shape.pop("factor"))
     return LMConfig(vocab_size=128_256, rope_base=500_000.0, rope_scaling=scaling, **shape)
 
 

@@ -36,7 +36,7 @@ def test_recipe_equals_its_golden_dump(name):
     assert dumped == (GOLDEN / f"{name}.json").read_text()
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*NAMED, "llama_7b", "mpt_7b"])
 def test_configuration_survives_the_run_folder(name, tmp_path):
     config = RECIPES[name].config()
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
@@ -79,7 +79,8 @@ PUBLISHED = {
     "qwen_1b": 1_720_574_976,
     "qwen_7b": 7_615_616_512,
     "qwen_70b": 72_706_203_648,
-    "mpt_1b": 1_311_311_872 + 2 * 24 * 2048,  # trunk, and the scales of the norms of queries and keys
+    # Published as 1.3B: 12 D^2 a block, a tied vocabulary, four scales a block and the last norm.
+    "mpt_1b": 24 * 12 * 2048**2 + 50_368 * 2048 + (4 * 24 + 1) * 2048,
     "mpt_7b": 6_649_286_656,
     "opt_1b": 1_315_758_080,
     "gpt2_1b": 1_557_611_200,

@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 25
 class _Moments(NamedTuple):
     """Statistics of some rows."""
 
-    count: int
+    rows: int
     mean_D: Tensor
     std_D: Tensor
 
@@ -48,16 +48,13 @@ def extra_start(source: WeightSource, config: LMConfig, *, head: bool) -> tuple[
 
 
 def _moments(rows_ND: Tensor) -> _Moments:
-    return _Moments(rows_ND.shape[0], rows_ND.mean(dim=0), rows_ND.std(dim=0))
+    rows = rows_ND.shape[0]
+    return _Moments(rows, rows_ND.mean(dim=0), rows_ND.std(dim=0, correction=min(1, rows - 1)))
 
 
 def _join(a: _Moments, b: _Moments) -> _Moments:
     """Return the statistics of both blocks' rows (Chan's formula; deviations are of n - 1 rows)."""
-    count, apart = a.count + b.count, b.mean_D - a.mean_D
-    spread = (a.count - 1) * a.std_D.square() + _squares(b) + apart.square() * (a.count * b.count / count)
-    return _Moments(count, a.mean_D + apart * (b.count / count), (spread / (count - 1)).sqrt())
-
-
-def _squares(m: _Moments) -> Tensor:
-    """Return the summed squared deviations [D]; a single row has none, and torch's deviation of it is NaN."""
-    return (m.count - 1) * m.std_D.nan_to_num().square()
+    rows, apart = a.rows + b.rows, b.mean_D - a.mean_D
+    within = sum((m.rows - 1) * m.std_D.square() for m in (a, b))
+    between = apart.square() * (a.rows * b.rows / rows)
+    return _Moments(rows, a.mean_D + apart * (b.rows / rows), ((within + between) / (rows - 1)).sqrt())

@@ -71,7 +71,7 @@ def _llama(r: _Reader) -> Stated:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     r.refuse(kind not in ("default", "llama3"), f"rope_type={kind!r}")
     r.refuse(scaling.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor")
-    stretch = None
+    stretch = RopeScaling()
     if kind == "llama3":
         stretch = RopeScaling(
             factor=scaling["factor"],

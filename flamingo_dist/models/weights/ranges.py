@@ -35,9 +35,11 @@ class RangeFile:
     def exists(self) -> bool:
         """Return whether the file is there."""
         try:
-            return bool(self._tried(lambda: self._fs.exists(self._path)))
+            # Asked for existence, fsspec's web file system begins to fetch the whole file.
+            self._tried(lambda: self._fs.cat_file(self._path, start=0, end=1))
         except FileNotFoundError:
             return False
+        return True
 
     def read_all(self) -> bytes:
         """Return the whole of a small file.

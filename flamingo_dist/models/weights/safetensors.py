@@ -91,18 +91,18 @@ def _fill(stored: StoredTensor, out: Tensor, first: int, rows: int, stride: int)
     start = stored.start + first * size
     flat = out.view(torch.uint8).numpy()
     if rows == 1 or width == stride:
-        _read_blocks(stored.file, memoryview(flat.reshape(-1)), start)
+        _read_blocks(stored.file, flat.reshape(-1).data, start)
         return out
     gap = (stride - width) * size
     if gap > stored.file.max_gap:
         for row in range(rows):
-            stored.file.read_into(memoryview(flat[row]), start + row * stride * size)
+            stored.file.read_into(flat[row].data, start + row * stride * size)
         return out
     height = max(1, BLOCK_BYTES // (stride * size))
     for top in range(0, rows, height):
         count = min(height, rows - top)
         block = torch.empty(count * stride * size - gap, dtype=torch.uint8).numpy()
-        stored.file.read_into(memoryview(block), start + top * stride * size)
+        stored.file.read_into(block.data, start + top * stride * size)
         for row in range(count):
             begin = row * stride * size
             flat[top + row] = block[begin : begin + width * size]

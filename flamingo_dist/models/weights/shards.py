@@ -1,5 +1,7 @@
 """One tensor-parallel rank's values of a parameter, from the slices that it needs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ from flamingo_dist.models.weights.source import ALL, WeightSource
 
 
 def lm_shard(
-    source: WeightSource, name: str, shape: torch.Size, config: LMConfig, *, tp_rank: int, tp_size: int
+    source: WeightSource,
+    name: str,
+    shape: torch.Size,
+    config: LMConfig,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    exchange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return one tensor-parallel rank's values of the LM parameter `name`.
 
@@ -20,6 +29,8 @@ def lm_shard(
         config: the LM's configuration.
         tp_rank: this rank in the tensor-parallel group.
         tp_size: size of the tensor-parallel group.
+        exchange: turns this rank's even share of a matrix's rows [R / TP, C] into its share of the columns
+            [R, C / TP], with the group; each rank then reads one range. None reads the columns themselves.
 
     Returns:
         A tensor of shape `shape`, in the stored dtype.
@@ -28,7 +39,12 @@ def lm_shard(
         ValueError: the stored tensors do not give that shape.
     """
     cut = lm_layout(config).cuts[name]
-    value = _cut(source, cut, shape, config, tp_rank, tp_size)
+    last = cut.pieces[-1]
+    rows_are_ranges = cut.how == "columns" and not last.transposed and last.rows % tp_size == 0
+    if exchange is not None and rows_are_ranges:
+        value = exchange(last.read(source, _part(last.rows, tp_rank, tp_size)))
+    else:
+        value = _cut(source, cut, shape, config, tp_rank, tp_size)
     if value.shape != shape:
         raise ValueError(
             f"{config.weights}: parameter {name} needs shape {tuple(shape)} on tensor-parallel rank {tp_rank} "

@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from flamingo_dist.models.lm import LanguageModel
 from flamingo_dist.models.weights import extra as extra_rows
 from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights, read_lm_config
+from flamingo_dist.models.weights.layout import lm_layout
 from flamingo_dist.models.weights.ranges import RangeFile
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
-from flamingo_dist.parallel.topology import single_process
+from flamingo_dist.parallel.topology import Topology, single_process
+from flamingo_dist.parallel.zero import fill_parameters
+from flamingo_dist.training.published import PublishedWeights
 from tests.data_pipeline.servers import flaky_server
 from tests.flamingo_dist.models.lm_oracles import MPT, VOCAB, edit_config, save_oracles
+from tests.flamingo_dist.models.measure_loading import CONFIG
 from tests.flamingo_dist.models.test_lm import lm_logits, load_lm, our_logits
 from tests.flamingo_dist.planning.shapes import fake_world
 
@@ -90,30 +94,57 @@ def test_a_rank_reads_only_its_slices(saved):
     assert max(read) < 0.51 * size
 
 
-MEASURE = """
-import resource, sys, torch
-from flamingo_dist.models.weights.safetensors import SafetensorsSource
-url, threads = sys.argv[1], torch.set_num_threads(1)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-source = SafetensorsSource(url)
-source.read("norm")
-before = peak()
-for name in source.shapes():
-    part = source.read(name, slice(None), slice(0, 512)) if name != "norm" else None
-    part = source.read(name, slice(0, 2048)) if name != "norm" else None
-print(peak() - before)
-"""
+def fill_over_http(topology: Topology, url: str, name: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """Fill an LM as a run does; the exchange of columns makes each rank's bytes one range."""
+    config = read_lm_config(f"{url}/{name}")
+    published = PublishedWeights(config, topology)
+    lm = LanguageModel(config, torch.float32)
+
+    def value_of(name: str, param: torch.nn.Parameter) -> torch.Tensor:
+        return torch.zeros(param.shape) if ".extra" in name else published.values(name, param)
+
+    fill_parameters(lm, value_of)
+    assert isinstance(published.source, SafetensorsSource)
+    return published.source.bytes_read, {"logits": lm_logits(lm, TOKENS, cached=False)}
 
 
-def test_memory_beside_the_slice_is_one_block(tmp_path):
-    """A process reads eighths of matrices of 128 MiB, columns and rows: its peak grows by a slice and a block."""
-    tensors = {f"m{i}": torch.zeros(16_384, 4_096, dtype=torch.bfloat16) for i in range(2)}
-    save_file(tensors | {"norm": torch.zeros(8)}, tmp_path / "model.safetensors")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    grown = int(out.stdout.splitlines()[-1])
-    slice_bytes, block = 16_384 * 512 * 2, 32 << 20
-    assert slice_bytes <= grown <= 2 * slice_bytes + block + (8 << 20), grown / 2**20
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2)])
+def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, world, tensor):
+    folder, models = saved
+    (file,) = (folder / "llama").glob("*.safetensors")
+    with torch.no_grad():
+        expected = models["llama"](TOKENS).logits
+    with flaky_server(folder, share=0.0) as server:
+        found = ranks.run(fill_over_http, server.url, "llama", world=world, tensor=tensor)
+        sent = server.bytes_sent
+    for _, result in found:
+        torch.testing.assert_close(result["logits"], expected, atol=1e-4, rtol=0)
+    size = file.stat().st_size
+    headers = size - 4 * sum(p.numel() for p in models["llama"].parameters())
+    config, norms = (folder / "llama" / "config.json").stat().st_size, 5 * 48 * 4
+    # All ranks read headers, config.json and a byte to see whether the file is there; every weight is read once,
+    # norms by each tensor-parallel rank.
+    assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (config + 1)
+    assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
+
+
+def test_peak_memory_is_the_shard_and_one_layer(tmp_path):
+    """A process fills one of two ranks, in blocks as from a remote storage: the half, and at most one layer."""
+    tensors = {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in lm_layout(CONFIG).stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layer = sum(t.numel() * 2 for n, t in tensors.items() if ".layers.0." in n)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.flamingo_dist.models.measure_loading",
+        str(tmp_path),
+        str(1 << 20),
+    ]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    grown, shard = map(int, out.stdout.splitlines()[-1].split())
+    assert shard > 2.9 * layer
+    assert shard <= grown <= shard + layer, (grown / 2**20, shard / 2**20, layer / 2**20)
 
 
 def test_mosaic_gpt_and_exports_without_a_root(saved, tmp_path):

@@ -45,7 +45,7 @@ def test_counts_of_the_variants(tp):
 
 VARIANTS = {
     "chinchilla": {"positions": "relative", "activation": "gelu"},
-    "qwen2": {"bias": "qkv", "rope_scaling": None},
+    "qwen2": {"bias": "qkv"},
     "qwen3": {"qk_norm": "head"},
     "opt": {
         "positions": "learned",

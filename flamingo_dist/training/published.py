@@ -1,0 +1,84 @@
+"""Published weights on all ranks of a run, each byte read from the storage by one of them."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights
+from flamingo_dist.parallel.topology import Topology, world_device
+
+
+class PublishedWeights:
+    """The LM's weights for this rank.
+
+    Tensor-parallel peers read different slices. Of data-parallel peers, which need the same, the first reads and
+    hands on; where ZeRO-3 has partitioned a parameter, it does that itself and asks the first alone.
+    """
+
+    def __init__(self, config: LMConfig, topology: Topology) -> None:
+        """Open the weights and check names and shapes, on every rank alike.
+
+        Raises:
+            ValueError: they are not there or do not fit the configuration.
+        """
+        self.config, self.topology = config, topology
+        self.source = open_lm_weights(config)
+
+    def values(self, name: str, param: nn.Parameter) -> Tensor:
+        """Return this rank's values of the LM's parameter `name`, of the parameter's shape.
+
+        A collective: every tensor-parallel peer asks for the same parameter, and every data-parallel peer too if
+        the parameter is not partitioned by ZeRO-3.
+        """
+        if hasattr(param, "ds_id") or self.topology.data == 1:
+            return self._read(name, param.shape)
+        if self.topology.data_rank == 0:
+            value = self._read(name, param.shape).to(world_device(), param.dtype)
+        else:
+            value = torch.empty(param.shape, dtype=param.dtype, device=world_device())
+        dist.broadcast(
+            value, group_src=0, group=parallel_state.get_data_parallel_group()
+        )  # its ranks are ordered as `data_rank`
+        return value
+
+    def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
+        """Return start values fp32 [2, D] of the trainable rows, and how much published rows differ."""
+        return extra_start(self.source, self.config, head=head)
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = self.topology.tensor
+        exchange = exchange_columns if tensor > 1 else None
+        return lm_shard(
+            self.source,
+            name,
+            shape,
+            self.config,
+            tp_rank=self.topology.tensor_rank,
+            tp_size=tensor,
+            exchange=exchange,
+        )
+
+
+def exchange_columns(rows_RC: Tensor) -> Tensor:
+    """Turn this rank's rows of a matrix into its columns, over the tensor-parallel group.
+
+    Columns of a stored matrix are scattered bytes, rows are one range.
+
+    Args:
+        rows_RC: this rank's even share of the rows, whole, [R / TP, C]; TP divides C.
+
+    Returns:
+        Its even share of the columns of all rows, [R, C / TP], on the run's device.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    parts = rows_RC.unflatten(1, (size, -1)).transpose(0, 1).contiguous().to(world_device())
+    received = torch.empty_like(parts)
+    # As bytes: whatever the stored dtype is, every backend can move it.
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        parts.view(torch.uint8),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    return received.flatten(0, 1)
