@@ -57,9 +57,7 @@ def card_of_run(
         ("seed", run.train.seed),
         ("optimizer", json.dumps(run.to_json()["train"]["optimizer"])),
     ]
-    data = [
-        (name, d.kind, ", ".join(d.urls), d.batch_size, d.weight) for name, d in run.data.train.items()
-    ]
+    data = [(name, d.kind, ", ".join(d.urls), d.batch_size, d.weight) for name, d in run.data.train.items()]
     parts = [
         _head(run.name),
         f"Trained by flamingo-dist from the recipe `{run.recipe}`.",
@@ -67,14 +65,14 @@ def card_of_run(
         "## Training\n\n" + _table(("", ""), facts),
         "## Data\n\n" + _table(("data set", "kind", "shards", "global batch", "lambda"), data),
     ]
-    metrics = [(says, json.dumps(summary[key])) for key, says in _METRICS.items() if summary.get(key) is not None]
+    metrics = [
+        (says, json.dumps(summary[key])) for key, says in _METRICS.items() if summary.get(key) is not None
+    ]
     parts.append("## Metrics\n\n" + (_table(("", ""), metrics) if metrics else "None were recorded.\n"))
     return "\n\n".join([*parts, _LOAD])
 
 
-def card_of_import(
-    source: str, kind: str, config: FlamingoConfig, shapes: Mapping[str, torch.Size]
-) -> str:
+def card_of_import(source: str, kind: str, config: FlamingoConfig, shapes: Mapping[str, torch.Size]) -> str:
     """Return the card of a network that was read from a public checkpoint.
 
     Args:
@@ -100,9 +98,18 @@ def _network(
     lm, resampler, gated = config.lm, config.resampler, config.gated
     count = sum(shape.numel() for shape in shapes.values())
     rows = [
-        ("language model", f"{lm.num_layers} blocks of width {lm.width}, {lm.num_heads} heads, vocabulary {lm.vocab_size}"),
-        ("resampler", f"{resampler.depth} layers of width {resampler.width}, {resampler.latents} latents, {resampler.activation}"),
-        ("gated blocks", f"before blocks {config.gated_positions()}, {gated.activation}, {gated.norm} norm, {gated.gate} gate"),
+        (
+            "language model",
+            f"{lm.num_layers} blocks of width {lm.width}, {lm.num_heads} heads, vocabulary {lm.vocab_size}",
+        ),
+        (
+            "resampler",
+            f"{resampler.depth} layers of width {resampler.width}, {resampler.latents} latents, {resampler.activation}",
+        ),
+        (
+            "gated blocks",
+            f"before blocks {config.gated_positions()}, {gated.activation}, {gated.norm} norm, {gated.gate} gate",
+        ),
         ("vision encoder", config.vision.name),
         ("parameters, encoder left out", f"{count:,}"),
     ]

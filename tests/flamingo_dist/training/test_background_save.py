@@ -9,7 +9,12 @@ import torch
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
 from flamingo_dist.training import checkpoint
 from flamingo_dist.training.checkpoint import CheckpointWriter
-from flamingo_dist.training.checkpoint_folder import CheckpointError, check_files, list_checkpoints, read_manifest
+from flamingo_dist.training.checkpoint_folder import (
+    CheckpointError,
+    check_files,
+    list_checkpoints,
+    read_manifest,
+)
 from flamingo_dist.training.stored_state import read_whole
 from tests import tiny
 

@@ -23,9 +23,7 @@ PARTITIONED = ParallelConfig(zero_stage=3, frozen="partitioned", activation_chec
 def network() -> FlamingoConfig:
     """Tensor parallelism 4 must divide it."""
     base = tiny.network(gate_init=0.5)
-    return replace(
-        base, lm=replace(base.lm, num_kv_heads=4), resampler=replace(base.resampler, heads=4)
-    )
+    return replace(base, lm=replace(base.lm, num_kv_heads=4), resampler=replace(base.resampler, heads=4))
 
 
 def make_step(topology: Topology, parallel: ParallelConfig, config: FlamingoConfig | None = None):
@@ -50,9 +48,7 @@ def save_and_go_on(topology: Topology, folder: str, parallel: ParallelConfig) ->
 def load_and_go_on(topology: Topology, folder: str, again: str, parallel: ParallelConfig):
     """Load, save at once into another folder, and train on."""
     step = make_step(topology, parallel)
-    done = load_checkpoint(
-        step.engine, step_folder(Path(folder), SAVED_AT), RUN, topology, lambda _: None
-    )
+    done = load_checkpoint(step.engine, step_folder(Path(folder), SAVED_AT), RUN, topology, lambda _: None)
     writer = CheckpointWriter(Path(again), topology, keep=1)
     writer.save(step.engine, done, {"run": RUN, "data": {}})
     draws = torch.rand(2).tolist()

@@ -5,6 +5,7 @@ reference; elsewhere flamingo-pytorch's modules are, which it copied, names incl
 """
 
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,7 +103,9 @@ def state_dict(*, inside_layers: bool = False) -> dict[str, torch.Tensor]:
         if name != "media_pos_emb"
     }
     for i, block in blocks.items():
-        where = f"model.layers.{i}.gated_cross_attn_layer" if inside_layers else f"gated_cross_attn_layers.{i}"
+        where = (
+            f"model.layers.{i}.gated_cross_attn_layer" if inside_layers else f"gated_cross_attn_layers.{i}"
+        )
         state.update({f"lang_encoder.{where}.{name}": value for name, value in block.state_dict().items()})
     state["lang_encoder.model.embed_tokens.weight"] = grown_table(lm)
     return state
@@ -178,7 +181,10 @@ TO_KV = "perceiver.layers.2.0.to_kv.weight"
         (lambda s: s.pop(GATE), "missing ['gated.1.attn_gate'] (1 in all)"),
         (lambda s: s.pop(TO_KV), f"missing ['{TO_KV}'] (1 in all)"),
         (lambda s: s.update(stray=torch.zeros(2)), "surplus ['stray'] (1 in all)"),
-        (lambda s: s.update({TO_KV: torch.zeros(5, FEATURES)}), f"{TO_KV} has shape (5, {FEATURES}) instead of"),
+        (
+            lambda s: s.update({TO_KV: torch.zeros(5, FEATURES)}),
+            f"{TO_KV} has shape (5, {FEATURES}) instead of",
+        ),
         (lambda s: s.pop("lang_encoder.model.embed_tokens.weight"), "input embedding"),
         (
             lambda s: s.update({"module.perceiver.latents": s["perceiver.latents"] + 1}),
@@ -189,9 +195,8 @@ TO_KV = "perceiver.layers.2.0.to_kv.weight"
 def test_a_wrong_tensor_is_named(lm_folder, tmp_path, change, says):
     held = state_dict()
     change(held)
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError, match=re.escape(says)):
         run_import(tmp_path, held, lm_folder)
-    assert says in str(told.value)
     assert not list(tmp_path.glob("*ours*"))
 
 
@@ -211,9 +216,8 @@ def test_blocks_of_another_depth_are_refused(lm_folder, tmp_path):
     ],
 )
 def test_what_the_file_does_not_hold_is_asked_for(lm_folder, tmp_path, options, says):
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError, match=re.escape(says)):
         run_import(tmp_path, state_dict(), lm_folder, **options)
-    assert says in str(told.value)
 
 
 class Evil:
