@@ -1,10 +1,10 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
