@@ -51,11 +51,11 @@ def open_network(path: Path, topology: Topology) -> Network:
     """
     if is_network_folder(path):
         return _open_network_folder(path, topology)
-    if (path / MANIFEST).is_file():
-        run_dir, checkpoint = path.resolve().parents[1], path
-    else:
-        run_dir, checkpoint = path, find_checkpoint(path / "checkpoints", "latest") or path
+    is_checkpoint = (path / MANIFEST).is_file()
+    run_dir = path.resolve().parents[1] if is_checkpoint else path
     run = load_run_config(run_dir)
+    checkpoint = path if is_checkpoint else find_checkpoint(run_dir / "checkpoints", "latest")
+    assert checkpoint is not None, "'latest' is found or an error"
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest)
     config, dtype = run.model, run.train.torch_dtype
