@@ -87,7 +87,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
-        "export": (export, "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]"),
+        "export": (
+            export,
+            "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]",
+        ),
         "import": (import_, "read an IDEFICS or OpenFlamingo checkpoint: flamingo import SOURCE FOLDER"),
         "recipes": (recipes, "list the recipes"),
     }

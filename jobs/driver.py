@@ -19,7 +19,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from data_pipeline.actors import RayPipeline
-from flamingo_dist.training.checkpoint_folder import find_checkpoint
+from flamingo_dist.training.checkpoint_folder import check_run, find_checkpoint, read_manifest
 from flamingo_dist.training.loop import TrainOutcome
 from jobs.config import RunConfig
 from jobs.console import TrainingConsole
@@ -156,6 +156,7 @@ def prepare_run_folder(config: RunConfig, launch: LaunchConfig) -> Path:
 
     Raises:
         ValueError: the folder holds a run and `launch` does not resume it.
+        CheckpointError: the checkpoint to resume is not there, or is of another run.
     """
     run_dir = (Path(config.runs_dir) / config.name).resolve()
     if (run_dir / "metrics.jsonl").exists() and launch.resume is None:
@@ -163,7 +164,9 @@ def prepare_run_folder(config: RunConfig, launch: LaunchConfig) -> Path:
             f"{run_dir} holds a run already; resume it with --resume latest, choose another --name, or delete it."
         )
     if launch.resume is not None:
-        find_checkpoint(run_dir / "checkpoints", launch.resume)  # says early what is not there
+        path = find_checkpoint(run_dir / "checkpoints", launch.resume)
+        if path is not None:
+            check_run(read_manifest(path), config.identity())  # before any process starts
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     record_environment(run_dir, recipe=config.recipe, extra={"world_size": config.resources.workers})

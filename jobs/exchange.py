@@ -1,39 +1,28 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from torch import Tensor
 
+from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange import idefics, open_flamingo
-from flamingo_dist.models.exchange.folder import (
-    VISION,
-    NetworkFolder,
-    is_network_folder,
-    new_folder,
-    read_network_config,
-    write_network,
-)
+from flamingo_dist.models.exchange.folder import VISION, new_folder, write_network
 from flamingo_dist.models.exchange.rules import check_tensors, read_ours, read_theirs, their_shapes
 from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
-from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, write_tower
-from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, tower_settings, write_tower
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
-from flamingo_dist.parallel.topology import Topology, single_process
-from flamingo_dist.training.build import parameter_values
-from flamingo_dist.training.checkpoint_folder import MANIFEST, find_checkpoint, read_manifest
+from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
-from flamingo_dist.training.optimizer_state import WEIGHT, stored_name
-from flamingo_dist.training.stored_state import check_stored, read_whole
-from jobs.model_card import card_of_import, card_of_run
-from jobs.run_file import load_run_config
+from jobs.model_card import card_of_import
+from jobs.network_source import Network, empty_network, open_network, whole_shapes
+from jobs.network_tokenizer import write_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +61,6 @@ class ImportArguments:
     """Size that a file does not exceed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """A network whose whole parameters can be read one by one."""
-
-    config: FlamingoConfig
-    """The network."""
-    shapes: Mapping[str, torch.Size]
-    """Shapes of all whole parameters."""
-    trainable: frozenset[str]
-    """Names of the trainable ones."""
-    read: Callable[[str], Tensor]
-    """Gives a whole parameter by name."""
-    card: str
-    """What a model card says of it."""
-    more: Mapping[str, Any]
-    """Further values of `config.json`."""
-
-
 def export_network(arguments: ExportArguments) -> Path:
     """Write a trained network into a folder.
 
@@ -107,93 +78,21 @@ def export_network(arguments: ExportArguments) -> Path:
             if arguments.to == "idefics":
                 _write_idefics(network, partial, arguments.shard_bytes)
             else:
+                if not arguments.frozen and network.config.lm.weights is None:
+                    raise ValueError(
+                        "--no-frozen: the language model has no published weights (model.lm.weights), so its frozen "
+                        "ones are nowhere else; leave the option out."
+                    )
                 names = [n for n in network.shapes if arguments.frozen or n in network.trainable]
                 write_network(
                     partial,
                     network.config,
                     ((name, network.read(name)) for name in names),
-                    more=network.more,
+                    more={**network.more, **write_tokenizer(partial, network.tokenizer)},
                     shard_bytes=arguments.shard_bytes,
                 )
             (partial / "README.md").write_text(network.card)
     return folder
-
-
-def open_network(path: Path, topology: Topology) -> Network:
-    """Open a run folder, a checkpoint, or a network folder, in a world of one process.
-
-    Raises:
-        ValueError: there is no network.
-        CheckpointError: a checkpoint is not there, or does not fit its run's network.
-    """
-    if is_network_folder(path):
-        return _open_network_folder(path, topology)
-    if (path / MANIFEST).is_file():
-        run_dir, checkpoint = path.resolve().parents[1], path
-    else:
-        run_dir, checkpoint = path, find_checkpoint(path / "checkpoints", "latest") or path
-    run = load_run_config(run_dir)
-    manifest = read_manifest(checkpoint)
-    config, dtype = run.model, run.train.torch_dtype
-    model = _empty(config)
-    shapes, trainable = _shapes(model)
-    check_stored(checkpoint, {stored_name(WEIGHT, n): shapes[n] for n in trainable}, kinds=[WEIGHT])
-    first = _first_values(config, model, topology, run.train.seed)
-
-    def read(name: str) -> Tensor:
-        value = read_whole(checkpoint, name, shapes[name]) if name in trainable else first(name)
-        return value.to(dtype)
-
-    return Network(
-        config=config,
-        shapes=shapes,
-        trainable=trainable,
-        read=read,
-        card=card_of_run(run_dir, run, manifest, shapes, trainable),
-        more={"dtype": run.train.dtype, "step": manifest["step"]},
-    )
-
-
-def _open_network_folder(path: Path, topology: Topology) -> Network:
-    config = read_network_config(path)
-    model = _empty(config)
-    shapes, trainable = _shapes(model)
-    folder = NetworkFolder(path, tp_rank=0, tp_size=1)
-    folder.check(model, config.lm.vocab_size)
-    first = _first_values(config, model, topology, seed=0)
-    params = dict(model.named_parameters())
-    value_of = folder.values(lambda name, _: first(name))
-    stated = json.loads((path / "config.json").read_text())
-    card = path / "README.md"
-    return Network(
-        config=config,
-        shapes=shapes,
-        trainable=trainable,
-        read=lambda name: value_of(name, params[name]),
-        card=card.read_text() if card.is_file() else "",
-        more={key: stated[key] for key in ("dtype", "step") if key in stated},
-    )
-
-
-def _empty(config: FlamingoConfig) -> Flamingo:
-    """Return the network on the meta device: names, shapes and tags, no values."""
-    with torch.device("meta"):
-        return Flamingo(config, dtype=torch.float32)
-
-
-def _shapes(model: Flamingo) -> tuple[dict[str, torch.Size], frozenset[str]]:
-    """Return the shapes of all whole parameters, and the names of the trainable ones."""
-    named = dict(model.named_parameters())
-    return {n: p.shape for n, p in named.items()}, frozenset(n for n, p in named.items() if p.requires_grad)
-
-
-def _first_values(
-    config: FlamingoConfig, model: Flamingo, topology: Topology, seed: int
-) -> Callable[[str], Tensor]:
-    """Return what gives a parameter the value that training starts from."""
-    params = dict(model.named_parameters())
-    value_of = parameter_values(config, topology, seed)
-    return lambda name: value_of(name, params[name])
 
 
 def _write_idefics(network: Network, folder: Path, shard_bytes: int) -> None:
@@ -270,9 +169,9 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
     rules = idefics.rules(config, extra_tokens=stated["additional_vocab_size"])
-    shapes, _ = _shapes(_empty(config))
+    shapes, _ = whole_shapes(empty_network(config))
     tower = Tower(
-        stated=_tower_settings(stated["vision_config"]), source=tensors, prefix=idefics.VISION_PREFIX
+        stated=tower_settings(stated["vision_config"]), source=tensors, prefix=idefics.VISION_PREFIX
     )
     found = tensors.shapes()
     outside = {n: s for n, s in found.items() if not n.startswith(idefics.VISION_PREFIX)}
@@ -282,39 +181,41 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
     processor = source / "preprocessor_config.json"
     write_tower(folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None)
     dtype = str(stated.get("dtype") or "float32").removeprefix("torch.")
+    told = {"dtype": next((n for n, t in DTYPES.items() if str(t) == f"torch.{dtype}"), "bf16")}
     write_network(
         folder,
         config,
         read_ours(rules, tensors),
         vision={**SETTINGS, "weights": VISION, "image_size": stated["vision_config"]["image_size"]},
-        more={"dtype": next((n for n, t in DTYPES.items() if str(t) == f"torch.{dtype}"), "bf16")},
+        more={**told, **write_tokenizer(folder, _tokenizer_in(source, config.lm.vocab_size))},
         shard_bytes=shard_bytes,
     )
     return card_of_import(str(source), "IDEFICS", config, shapes)
 
 
-def _tower_settings(stated: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
-    wanted += ("num_attention_heads", "num_channels", "hidden_act", "layer_norm_eps")
-    return {key: stated[key] for key in wanted}
+def _tokenizer_in(folder: Path, vocab_size: int) -> TokenizerConfig | None:
+    """Return the tokenizer that lies in a folder of Hugging Face, if one does."""
+    if not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return TokenizerConfig(kind="hf", path=str(folder), vocab_size=vocab_size)
 
 
 def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments) -> str:
     for name in ("lm", "vision"):
         if not getattr(arguments, name):
             raise ValueError(
-                f"{source} holds the trained part alone; name the frozen one too: --{name} (see flamingo import --help)."
+                f"{source} holds the trained part alone; name the frozen one too with --{name} (see --help)."
             )
     if arguments.image_id < 0 or arguments.end_of_chunk_id < 0:
         raise ValueError(
-            "give --image-id and --end-of-chunk-id: open_flamingo adds <|endofchunk|>, <image> and perhaps <PAD> to the "
-            "tokenizer, in this order, from its length on."
+            "give --image-id and --end-of-chunk-id: open_flamingo adds <|endofchunk|>, <image> and perhaps <PAD> "
+            "to the tokenizer, in this order, from its length on."
         )
     file = open_flamingo.OpenFlamingoFile(source)
     lm = read_lm_config(arguments.lm)
     width = file.shapes()["perceiver.latents"][1]
     config = open_flamingo.network_config(file, lm, _stand_in(width))
-    shapes, trainable = _shapes(_empty(config))
+    shapes, trainable = whole_shapes(empty_network(config))
     tokens = open_flamingo.NewTokens(image=arguments.image_id, end_of_chunk=arguments.end_of_chunk_id)
     parameters = open_flamingo.trainable_parameters(file, config, tokens, {n: shapes[n] for n in trainable})
     write_network(
@@ -322,7 +223,10 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
         config,
         parameters,
         vision={"name": "clip", "weights": str(Path(arguments.vision).resolve())},
-        more={"dtype": "bf16"},
+        more={
+            "dtype": "bf16",
+            **write_tokenizer(folder, _tokenizer_in(Path(arguments.lm), config.lm.vocab_size)),
+        },
         shard_bytes=arguments.shard_bytes,
     )
     return card_of_import(str(source), "OpenFlamingo", config, shapes)

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent, that any layout can resume, and that are written while training goes on.
 
 What is saved is the trainable part: fp32 weights and AdamW's moments, each a whole tensor in the format of
-torch.distributed.checkpoint, whatever tensor-parallel degree, data-parallel degree or ZeRO stage held it. Beside it stand
-the random states of every rank, and a manifest: step, layout, fingerprints, data positions, and size and SHA-256 of
-every file. A checkpoint is written in a hidden folder and renamed when complete.
+torch.distributed.checkpoint, whatever tensor-parallel degree, data-parallel degree or ZeRO stage held it. Beside it
+stand the random states of every rank, and a manifest: step, layout, fingerprints, data positions, and size and SHA-256
+of every file. A checkpoint is written in a hidden folder and renamed when complete.
 """
 
 import threading
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.checkpoint_folder import (
@@ -138,16 +140,16 @@ class CheckpointWriter:
                 lambda: complete(final, manifest, keep=self.keep) if self.topology.rank == 0 else None,
                 self._group,
             )
-        except BaseException as error:  # dcp.CheckpointException is none of Exception; all are told by `wait`
+        except BaseException as error:  # CheckpointException is none of Exception; all are told by `wait`
             self._problem = f"saving {final} failed; the checkpoint before it stands: {error}"
 
     def _write_files(self, final: Path, fragments: dict[str, Fragment], random: Any) -> dict[str, Any]:
         """Write the tensors and this rank's random state; return size and checksum of this rank's share of files."""
         partial = partial_folder(final)
         torch.save(random, state_file(partial, self.topology.rank))
-        dcp.save(
+        save(
             fragments,
-            storage_writer=dcp.FileSystemWriter(partial / STATE),
+            storage_writer=FileSystemWriter(partial / STATE),
             planner=SaveFragments(),
             process_group=self._group,
         )
@@ -216,7 +218,7 @@ def _on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None = Non
     problem: str | None = None
     try:
         result = work()
-    except (ValueError, OSError, KeyError, RuntimeError, dcp.CheckpointException) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, CheckpointException) as error:
         problem = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     answers: list[tuple[Any, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(answers, (result, problem), group=group)

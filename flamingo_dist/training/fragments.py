@@ -1,8 +1,8 @@
 """Pieces of whole tensors, as torch.distributed.checkpoint stores and reads them in any layout.
 
-ZeRO gives a rank a range of a flattened tensor-parallel slice. Such a range is not a box of the whole tensor, which is what
-that library knows, but a few boxes: the rest of a row, whole rows, the beginning of a row. So a rank saves what it
-holds without asking another, and a rank of another layout reads what it will hold.
+ZeRO gives a rank a range of a flattened tensor-parallel slice. Such a range is not a box of the whole tensor, which is
+what that library knows, but a few boxes: the rest of a row, whole rows, the beginning of a row. So a rank saves what
+it holds without asking another, and a rank of another layout reads what it will hold.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,

@@ -88,8 +88,9 @@ def _local(engine: Any, param: nn.Parameter, kind: str) -> tuple[Tensor, int]:
             if kind == WEIGHT
             else safe_get_local_optimizer_state(param, kind)
         )
-        start = min(torch.distributed.get_rank(param.ds_process_group) * held.numel(), param.ds_numel)
-        return held[: param.ds_numel - start], start  # the last ranks' parts are padded
+        group, total = param.ds_process_group, param.ds_numel  # type: ignore[attr-defined]
+        start = min(torch.distributed.get_rank(group) * held.numel(), total)
+        return held[: total - start], start  # the last ranks' parts are padded
     mapping = param._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:  # nothing of it lies on this rank
         return param.new_empty(0, dtype=torch.float32), 0

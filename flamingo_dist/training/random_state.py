@@ -1,7 +1,7 @@
 """The global random generators of a process: saved, restored, and derived anew for another layout.
 
-Nothing that a step computes draws from them: the network has no dropout, and data, initial weights and augmentation have
-generators of their own, seeded by names and positions. They are kept for what a user adds.
+Nothing that a step computes draws from them: the network has no dropout, and data, initial weights and augmentation
+have generators of their own, seeded by names and positions. They are kept for what a user adds.
 """
 
 import hashlib

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from flamingo_dist.models.init import ParamTag
 from flamingo_dist.models.linear import tp_size
@@ -24,7 +26,7 @@ def stored_shapes(path: Path) -> dict[str, torch.Size]:
         CheckpointError: there is no readable list of them.
     """
     try:
-        listed: Mapping[str, Any] = dcp.FileSystemReader(path / STATE).read_metadata().state_dict_metadata
+        listed: Mapping[str, Any] = FileSystemReader(path / STATE).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(f"{path}: {STATE}/.metadata cannot be read ({error}).") from error
     return {name: entry.size for name, entry in listed.items()}
@@ -66,10 +68,13 @@ def read_fragments(path: Path, fragments: dict[str, Fragment]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(
-                chosen, storage_reader=dcp.FileSystemReader(path / STATE), planner=LoadFragments(), no_dist=True
+            load(
+                chosen,
+                storage_reader=FileSystemReader(path / STATE),
+                planner=LoadFragments(),
+                no_dist=True,
             )
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
         raise CheckpointError(f"{path}: {causes}") from None
 

@@ -158,7 +158,7 @@ class NetworkFolder:
     def values(
         self, otherwise: Callable[[str, nn.Parameter], Tensor]
     ) -> Callable[[str, nn.Parameter], Tensor]:
-        """Return the function that gives a parameter's values on this rank; `otherwise` gives those not in the folder."""
+        """Return the function that gives a parameter's values on this rank; `otherwise` gives what the folder lacks."""
         there = self.tensors.shapes().keys()
 
         def value_of(name: str, param: nn.Parameter) -> Tensor:

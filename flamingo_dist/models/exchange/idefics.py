@@ -1,9 +1,9 @@
 """Hugging Face's IDEFICS (`IdeficsForVisionText2Text`): configuration and tensors, both ways.
 
-IDEFICS is Flamingo with a gated block before every n-th LLaMA block (the first of each n), RMSNorm and SwiGLU in it, ReLU
-in the resampler, no frame embeddings, and additional rows of the vocabulary for `<fake_token_around_image>` (id V) and
-`<image>` (id V + 1). Ours are `<image>` (V) and `<EOC>` (V + 1): the two change places, `<EOC>` standing for the fake token,
-which comes before an image as `<EOC>` does.
+IDEFICS is Flamingo with a gated block before every n-th LLaMA block (the first of each n), RMSNorm and SwiGLU in it,
+ReLU in the resampler, no frame embeddings, and additional rows of the vocabulary for `<fake_token_around_image>` (id V)
+and `<image>` (id V + 1). Ours are `<image>` (V) and `<EOC>` (V + 1): the two change places, `<EOC>` standing for the
+fake token, which comes before an image as `<EOC>` does.
 """
 
 import dataclasses
@@ -108,14 +108,26 @@ def _check_options(stated: Mapping[str, Any]) -> None:
         ("model_type", stated.get("model_type"), stated.get("model_type") == "idefics", "'idefics'"),
         ("use_resampler", resampled, bool(resampled), "true: blocks read latents"),
         ("additional_vocab_size", extra, extra in (0, NUM_EXTRA_TOKENS), f"0 or {NUM_EXTRA_TOKENS}"),
-        ("hidden_act", stated.get("hidden_act", "silu"), stated.get("hidden_act", "silu") == "silu", "'silu'"),
-        ("alpha_type", stated.get("alpha_type"), stated.get("alpha_type", "float") in ("float", "vector"), "..."),
+        (
+            "hidden_act",
+            stated.get("hidden_act", "silu"),
+            stated.get("hidden_act", "silu") == "silu",
+            "'silu'",
+        ),
+        (
+            "alpha_type",
+            stated.get("alpha_type"),
+            stated.get("alpha_type", "float") in ("float", "vector"),
+            "...",
+        ),
         ("rope_parameters.rope_type", _rope(stated).get("rope_type"), _is_plain_rope(stated), "'default'"),
         ("cross_layer_interval", every, layers % every == 0, f"a divisor of num_hidden_layers={layers}"),
     ]
     for name, value, is_known, allowed in refused:
         if not is_known:
-            raise ValueError(f"IDEFICS option {name}={value!r} has no counterpart here; it must be {allowed}.")
+            raise ValueError(
+                f"IDEFICS option {name}={value!r} has no counterpart here; it must be {allowed}."
+            )
 
 
 def _is_plain_rope(stated: Mapping[str, Any]) -> bool:
@@ -232,9 +244,7 @@ def _lm_block(lm: LMConfig, ours: str, theirs: str) -> list[Rule]:
     return [
         same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight"),
         same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight"),
-        Rule(
-            ours=(f"{ours}self_attention.linear_qkv.weight",), theirs=qkv, to_ours=fuse, to_theirs=part
-        ),
+        Rule(ours=(f"{ours}self_attention.linear_qkv.weight",), theirs=qkv, to_ours=fuse, to_theirs=part),
         same(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight"),
         Rule(
             ours=(f"{ours}mlp.linear_fc1.weight",),

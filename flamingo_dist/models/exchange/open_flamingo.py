@@ -31,7 +31,9 @@ from flamingo_dist.models.vision import VisionConfig
 
 HEAD_DIM = 64
 """Width of a head in open_flamingo's resampler and blocks; their number follows from the tensors."""
-_GATED = re.compile(r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|[\w.]+\.(\d+)\.gated_cross_attn_layer)\.(.+)")
+_GATED = re.compile(
+    r"lang_encoder\.(?:gated_cross_attn_layers\.(\d+)|[\w.]+\.(\d+)\.gated_cross_attn_layer)\.(.+)"
+)
 _EMBEDDING = re.compile(r"lang_encoder\.[\w.]*(?:embed_tokens|wte|embed_in)\.weight")
 _HEAD = re.compile(r"lang_encoder\.[\w.]*(?:lm_head|embed_out)\.weight")
 _POSITIONS = re.compile(r"lang_encoder\.[\w.]*embed_positions\.weight")
@@ -118,8 +120,8 @@ def network_config(file: OpenFlamingoFile, lm: LMConfig, vision: VisionConfig) -
         )
     shapes = file.shapes()
     first = f"gated.{file.blocks[0]}"
-    names = ("perceiver.layers.0.0.to_q.weight", "perceiver.layers.0.1.1.weight")
-    names += (f"{first}.attn.to_q.weight", f"{first}.ff.1.weight")
+    names = ["perceiver.layers.0.0.to_q.weight", "perceiver.layers.0.1.1.weight"]
+    names += [f"{first}.attn.to_q.weight", f"{first}.ff.1.weight"]
     missing = [name for name in names if name not in shapes]
     if missing:
         raise ValueError(f"{file.where} does not hold this network: missing {missing}.")
@@ -227,7 +229,9 @@ def _new_rows(file: OpenFlamingoFile, kind: str, lm: LMConfig, tokens: NewTokens
     table = file.tensors[kind]
     for name, number in (("<image>", tokens.image), ("<|endofchunk|>", tokens.end_of_chunk)):
         if not 0 <= number < table.shape[0]:
-            raise ValueError(f"{file.where}: {name} is token {number}, but the {kind} has {table.shape[0]} rows.")
+            raise ValueError(
+                f"{file.where}: {name} is token {number}, but the {kind} has {table.shape[0]} rows."
+            )
     if table.shape[1] != lm.width:
         raise ValueError(f"{file.where}: the {kind} is {table.shape[1]} wide, the language model {lm.width}.")
     return table[[tokens.image, tokens.end_of_chunk]].clone()

@@ -127,7 +127,7 @@ def check_tensors(found: Shapes, wanted: Shapes, where: str, *, ignored: Collect
 
 
 def read_ours(rules: Sequence[Rule], source: TensorSource) -> Iterator[tuple[str, Tensor]]:
-    """Yield our parameters by name from their tensors; each tensor is read when its turn comes."""
+    """Yield our parameters, of any shape, by name from their tensors; each is read when its turn comes."""
     for rule in rules:
         yield from zip(rule.ours, rule.to_ours([source.read(name) for name in rule.theirs]), strict=True)
 

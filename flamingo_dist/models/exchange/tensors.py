@@ -96,7 +96,8 @@ def write_tensors(
     """
     shards: list[list[str]] = []
     shapes: dict[str, torch.Size] = {}
-    total, held, size = 0, {}, 0
+    held: dict[str, Tensor] = {}
+    total = size = 0
 
     def flush(held: Mapping[str, Tensor]) -> None:
         shards.append(list(held))

@@ -1,7 +1,7 @@
 """The vision tower of an IDEFICS checkpoint, kept beside the network as a CLIP vision model in Hugging Face's layout.
 
-IDEFICS passes all tokens of the last block to its resampler, the class token included, without the final LayerNorm. That is
-the encoder that `SETTINGS` asks for.
+IDEFICS passes all tokens of the last block to its resampler, the class token included, without the final LayerNorm.
+That is the encoder that `SETTINGS` asks for.
 """
 
 import json
@@ -23,6 +23,17 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _PREFIX = "vision_model."
 _IGNORED = "embeddings.position_ids"
+_SETTINGS = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "hidden_act",
+    "layer_norm_eps",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,10 @@ def tower_of(vision: VisionConfig) -> Tower:
     stated = stated.get("vision_config", stated)
     source = TensorFolder(folder)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in source.shapes()) else ""
-    wanted = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
-    wanted += ("num_channels", "hidden_act", "layer_norm_eps")
-    chosen = {key: stated[key] for key in wanted if key in stated}
-    return Tower(stated={"embed_dim": stated["hidden_size"], **chosen}, source=source, prefix=prefix)
+    settings = tower_settings({"embed_dim": stated["hidden_size"], **stated})
+    return Tower(stated=settings, source=source, prefix=prefix)
+
+
+def tower_settings(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a tower's shape, out of IDEFICS' `vision_config`."""
+    return {key: stated[key] for key in _SETTINGS if key in stated}

@@ -23,7 +23,12 @@ PARTITIONED = ParallelConfig(zero_stage=3, frozen="partitioned", activation_chec
 def network() -> FlamingoConfig:
     """Tensor parallelism 4 must divide it."""
     base = tiny.network(gate_init=0.5)
-    return replace(base, lm=replace(base.lm, num_kv_heads=4), resampler=replace(base.resampler, heads=4))
+    return replace(
+        base,
+        lm=replace(base.lm, num_kv_heads=4),
+        resampler=replace(base.resampler, heads=4),
+        gated=replace(base.gated, heads=4),
+    )
 
 
 def make_step(topology: Topology, parallel: ParallelConfig, config: FlamingoConfig | None = None):

@@ -5,6 +5,7 @@ reference; elsewhere flamingo-pytorch's modules are, which it copied, names incl
 """
 
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,9 +195,8 @@ TO_KV = "perceiver.layers.2.0.to_kv.weight"
 def test_a_wrong_tensor_is_named(lm_folder, tmp_path, change, says):
     held = state_dict()
     change(held)
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError, match=re.escape(says)):
         run_import(tmp_path, held, lm_folder)
-    assert says in str(told.value)
     assert not list(tmp_path.glob("*ours*"))
 
 
@@ -216,9 +216,8 @@ def test_blocks_of_another_depth_are_refused(lm_folder, tmp_path):
     ],
 )
 def test_what_the_file_does_not_hold_is_asked_for(lm_folder, tmp_path, options, says):
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError, match=re.escape(says)):
         run_import(tmp_path, state_dict(), lm_folder, **options)
-    assert says in str(told.value)
 
 
 class Evil:

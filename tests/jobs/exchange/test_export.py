@@ -1,0 +1,171 @@
+"""A trained run becomes one folder that any tensor-parallel layout reads back to the same logits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.models.exchange.folder import read_network_config
+from flamingo_dist.models.exchange.tensors import TensorFolder
+from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
+from flamingo_dist.training.build import build_model
+from flamingo_dist.training.checkpoint import CheckpointWriter
+from jobs.config import RunConfig
+from jobs.exchange import ExportArguments, export_network
+from jobs.generate import GenerateArguments, generate_captions
+from jobs.recipes.smoke import VOCAB, smoke
+from tests import tiny
+from tests.jobs.exchange.exchanging import build, rewrite
+
+pytestmark = pytest.mark.distributed
+STEPS = 2
+
+
+def run_config() -> RunConfig:
+    base, network = smoke(), tiny.network(gate_init=0.5)
+    network = replace(network, lm=replace(network.lm, vocab_size=VOCAB, tied=False))
+    sized = {
+        part: {n: replace(d, image_size=16) for n, d in getattr(base.data, part).items()}
+        for part in ("train", "held_out")
+    }
+    return replace(
+        base,
+        model=network,
+        train=tiny.train_config(STEPS),
+        parallel=ParallelConfig(tensor=2, zero_stage=3, frozen="partitioned"),
+        data=replace(base.data, **sized),
+    )
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    batch = tiny.batch("docs", 9)
+    return model(batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM).logits_BTV
+
+
+def train(topology: Topology, folder: str) -> torch.Tensor:
+    config = run_config()
+    step = tiny.make_step(topology, config.parallel, config.train, config.model)
+    for i in range(STEPS):
+        step.run(i, tiny.batches(i, topology))
+    writer = CheckpointWriter(Path(folder) / "checkpoints", topology, keep=1)
+    writer.save(step.engine, STEPS, {"run": config.identity(), "data": {}})
+    writer.wait()
+    return logits_of(step.engine.module)
+
+
+def logits_of_ranks(topology: Topology, folder: str) -> torch.Tensor:
+    return logits_of(build(Path(folder), topology))
+
+
+def partitioned_logits(topology: Topology, folder: str) -> torch.Tensor:
+    """The folder as the start of a training run, built under `zero.Init`."""
+    config = read_network_config(Path(folder))
+    parallel = ParallelConfig(tensor=topology.tensor, zero_stage=3, frozen="partitioned")
+    return logits_of(tiny.make_step(topology, parallel, config=config).engine.module)
+
+
+@pytest.fixture(scope="module")
+def run(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(run_config().to_json()))
+    facts = {"commit": "0123abc", "versions": {"torch": torch.__version__}}
+    (folder / "environment.json").write_text(json.dumps(facts))
+    (folder / "summary.json").write_text(json.dumps({"grounding_gap_nats": {"held_out": 0.25}}))
+    return folder, ranks.run(train, str(folder), world=4, tensor=2)[0]
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    arguments = ExportArguments(
+        source=str(run[0]), folder=str(run[0].parent / "exported"), shard_bytes=30_000
+    )
+    return export_network(arguments)
+
+
+def test_the_folder_has_the_logits_of_the_run_in_any_layout(ranks, run, exported):
+    with single_process() as topology:
+        alone = logits_of(build(exported, topology))
+    torch.testing.assert_close(alone, run[1], atol=1e-5, rtol=1e-5)
+    for found in ranks.run(logits_of_ranks, str(exported), world=2, tensor=2):
+        torch.testing.assert_close(found, run[1], atol=1e-5, rtol=1e-5)
+    for found in ranks.run(partitioned_logits, str(exported), world=2):
+        torch.testing.assert_close(found, run[1], atol=1e-5, rtol=1e-5)
+    with single_process() as topology:
+        fresh = replace(read_network_config(exported), weights=None)
+        other = build_model(fresh, ParallelConfig(zero_stage=0), topology, dtype=torch.float32, seed=7)
+        assert (logits_of(other) - run[1]).abs().max() > 1e-2, "training changed nothing"
+
+
+def test_files_are_cut_and_indexed_as_hugging_face_does(exported):
+    files = sorted(file.name for file in exported.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["weight_map"].keys() == TensorFolder(exported).shapes().keys()
+
+
+def test_the_card_says_what_it_is(exported):
+    card = (exported / "README.md").read_text()
+    for fact in (
+        "library_name: flamingo-dist",
+        "0123abc",
+        "documents",
+        "grounding gap",
+        '"held_out": 0.25',
+        "| steps | 2 |",
+    ):
+        assert fact in card, fact
+
+
+def test_a_checkpoint_and_an_exported_folder_can_be_exported_too(run, exported, tmp_path):
+    checkpoint = run[0] / "checkpoints" / f"step-{STEPS:08d}"
+    for number, source in enumerate((checkpoint, exported)):
+        again = export_network(ExportArguments(source=str(source), folder=str(tmp_path / str(number))))
+        first, second = TensorFolder(exported), TensorFolder(again)
+        assert first.shapes() == second.shapes()
+        assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes())
+
+
+def test_captions_come_from_the_folder_alone(exported, tmp_path):
+    stated = json.loads((exported / "config.json").read_text())
+    assert TokenizerConfig(**stated["tokenizer"]) == run_config().data.tokenizer
+    file = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), (200, 10, 10)).save(file)
+    arguments = GenerateArguments(run=str(exported), image=(str(file),), max_new_tokens=2)
+    assert len(generate_captions(arguments)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("resampler.latents"), r"missing \['resampler.latents'\]"),
+        (lambda s: s.update(stray=torch.zeros(1)), r"surplus \['stray'\]"),
+        (
+            lambda s: s.update({"gated.0.gate_attn": torch.zeros(2)}),
+            r"gated.0.gate_attn has shape \(2,\) instead of \(1,\)",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_named(run, tmp_path, change, says):
+    folder = export_network(ExportArguments(source=str(run[0]), folder=str(tmp_path / "out")))
+    rewrite(folder, change)
+    with single_process() as topology, pytest.raises(ValueError, match=says):
+        build(folder, topology)
+
+
+def test_what_cannot_be_exported_is_an_error(run, exported, tmp_path):
+    with pytest.raises(ValueError, match="exists already"):
+        export_network(ExportArguments(source=str(run[0]), folder=str(exported)))
+    with pytest.raises(ValueError, match="--no-frozen: the language model has no published weights"):
+        export_network(ExportArguments(source=str(run[0]), folder=str(tmp_path / "a"), frozen=False))
+    with pytest.raises(ValueError, match="vision.name='tiny' does not exist in IDEFICS"):
+        export_network(ExportArguments(source=str(run[0]), folder=str(tmp_path / "b"), to="idefics"))
+    with pytest.raises(ValueError, match="holds no run"):
+        export_network(ExportArguments(source=str(tmp_path), folder=str(tmp_path / "c")))
+    assert not list(tmp_path.glob("*"))
