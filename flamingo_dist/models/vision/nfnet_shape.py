@@ -195,5 +195,5 @@ def _block_tensors(block: BlockShape) -> Iterator[TensorSpec]:
 
 NFNETS = {
     f"nfnet-f{n}": NFNetShape(depths=(n + 1, 2 * (n + 1), 6 * (n + 1), 3 * (n + 1))) for n in range(8)
-} | {"nfnet-tiny": NFNetShape(depths=(1, 2, 2, 1), widths=(32, 32, 48, 64), group_width=8)}
+} | {"nfnet-tiny": NFNetShape(depths=(1, 2, 3, 1), widths=(32, 32, 48, 64), group_width=8)}
 """The published variants F0 to F7, and one of the same layers that is small enough for tests."""
