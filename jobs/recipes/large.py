@@ -1,7 +1,7 @@
 """The paper's three sizes (tables 4 and 5), for GPUs.
 
 First versions: the LM has the paper's width and depth with rotary positions and random weights unless
-`model.lm.weights` names published ones, and the vision encoder is a stand-in until NFNet-F6 is here.
+`model.lm.weights` names published ones; so has NFNet-F6 unless `model.vision.weights` does.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ LAMBDAS = {"m3w": 1.0, "align": 0.2, "ltip": 0.2, "vtp": 0.03}
 
 
 def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConfig:
-    vision = VisionConfig(name="tiny", image_size=IMAGE, tiny_width=WIDTH)
+    vision = VisionConfig(name="nfnet-f6", image_size=IMAGE, dtype="bfloat16")
     return FlamingoConfig(
         lm=LMConfig(
             vocab_size=VOCAB,

@@ -90,6 +90,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Stand for `bytes`, by which protocol 2 writes no bytes at all."""
+    return b""
+
+
 def _copy(items: Any = ()) -> dict[Any, Any]:
     """Stand for dictionaries of other names."""
     return dict(items)
@@ -109,6 +114,7 @@ _STAND_INS: Mapping[tuple[str, str], Any] = {
     ("numpy", "dtype"): _DType,
     ("dill._dill", "_create_array"): _create_array,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("collections", "OrderedDict"): _copy,
     ("haiku._src.data_structures", "FlatMapping"): _copy,
 }

@@ -33,6 +33,8 @@ class ViTShape:
     """Hidden width of the feed-forward layers."""
     ffn_gated: bool
     """Whether they are gated (SwiGLU), with three matrices."""
+    activation: str
+    """Of the feed-forward layers, by transformers' name."""
     qkv_bias: bool
     """Whether queries, keys and values have biases."""
     patch: int
@@ -101,6 +103,7 @@ def _vit_shape(name: ViTName, folder: str, _stamp: tuple[int, ...]) -> ViTShape:
         heads=config.num_attention_heads,
         ffn_width=ffn_width,
         ffn_gated=gated,
+        activation=config.hidden_act,
         qkv_bias=bool(getattr(config, "qkv_bias", True)),
         patch=config.patch_size,
         image_size=config.image_size,
@@ -119,7 +122,8 @@ def _normalisation(folder: str) -> tuple[tuple[float, float, float], tuple[float
         )
     try:
         factor = float(said.get("rescale_factor", 1 / 255))
-        red, green, blue = ((float(m) / factor, float(s) / factor) for m, s in zip(said["image_mean"], said["image_std"], strict=True))
+        pairs = zip(said["image_mean"], said["image_std"], strict=True)
+        red, green, blue = ((float(m) / factor, float(s) / factor) for m, s in pairs)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"{folder}: preprocessor_config.json must say image_mean and image_std, three numbers each ({error!r})."

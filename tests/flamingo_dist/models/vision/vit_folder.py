@@ -40,7 +40,7 @@ def make(name: str, **changes: Any) -> Any:
             "clip": (transformers.CLIPConfig, transformers.CLIPModel),
             "siglip": (transformers.SiglipConfig, transformers.SiglipModel),
         }[name]
-        shape["intermediate_size"] = 40
+        shape = {"intermediate_size": 40} | shape
         model = model_class(config_class(vision_config=shape, text_config=TEXT))
         vision = model.vision_model
     with torch.no_grad():
