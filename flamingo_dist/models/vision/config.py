@@ -42,6 +42,7 @@ IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 """Of the same pixels."""
 WHITE = (255, 255, 255)
 
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """Which frozen encoder turns pixels into features."""

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.vision.base import FrozenConv, Normalisation, VisionEncoder, flatten_grid
 from flamingo_dist.models.vision.config import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
-from flamingo_dist.models.vision.nfnet_shape import ALPHA, NFNETS, BlockShape, ConvShape, NFNetShape, TensorSpec
+from flamingo_dist.models.vision.nfnet_shape import (
+    ALPHA,
+    NFNETS,
+    BlockShape,
+    ConvShape,
+    NFNetShape,
+    TensorSpec,
+)
 from flamingo_dist.models.vision.nfnet_weights import Published, Reader, drawn, empty
 
 GAMMA = 1.7015043497085571
@@ -137,11 +144,11 @@ def standardised(weight: Tensor, gain: Tensor) -> Tensor:
     """Return scaled weight standardisation as published.
 
     Args:
-        weight: [out, in, k, k].
-        gain: [out].
+        weight: of shape [out, in, k, k].
+        gain: of shape [out].
 
     Returns:
-        fp64 [out, in, k, k]: every output's weights with mean 0 and norm `gain`.
+        fp64, of shape [out, in, k, k]: every output's weights with mean 0 and norm `gain`.
     """
     weight = weight.double()
     variance = weight.var((1, 2, 3), correction=0, keepdim=True)

@@ -58,7 +58,7 @@ class BlockShape:
     stride: int
     """Step of its first 3x3 convolution and of the shortcut."""
     beta: float
-    """What its input is multiplied by, the reciprocal of the standard deviation that it would have in a fresh network."""
+    """What its input is multiplied by: the reciprocal of the standard deviation that it has in a fresh network."""
 
     @property
     def squeezed(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from flamingo_dist.models.vision.base import Normalisation, VisionEncoder
 from flamingo_dist.models.vision.config import VisionConfig
-from flamingo_dist.models.vision.vit_shape import ViTName, ViTShape, vit_config
+from flamingo_dist.models.vision.vit_shape import ViTShape, vit_config
 
 UNUSED = (
     "text_model.",
@@ -22,6 +22,8 @@ UNUSED = (
     "classifier.",
     "vision_model.head.",
     "head.",
+    "embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
     "embeddings.mask_token",
     "dinov2.embeddings.mask_token",
 )
@@ -66,7 +68,7 @@ class ViTEncoder(VisionEncoder):
 
 def _load(shape: ViTShape, config: VisionConfig) -> Any:
     """Return transformers' module with the folder's weights, all of them and no others."""
-    vision = vit_config(cast(ViTName, shape.name), config.weights)
+    vision = vit_config(shape.name, config.weights)
     if shape.name == "siglip":
         vision.vision_use_head = False  # it pools the tokens that we want one by one
     if shape.name == "dinov2":
@@ -105,12 +107,15 @@ def _check(config: VisionConfig, report: dict[str, Any]) -> None:
     extra = [n for n in report["unexpected_keys"] if not n.startswith(UNUSED)]
     wrong = [f"{n} of shape {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
     faults = [
-        f"{verb} {', '.join(sorted(names)[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        f"{verb} {', '.join(sorted(names)[:SHOWN])}"
+        + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         for verb, names in (("lacks", report["missing_keys"]), ("holds the unknown", extra), ("holds", wrong))
         if names
     ]
     if faults:
-        raise ValueError(f"{config.weights} {'; it '.join(faults)}: it is no whole {config.name} vision encoder.")
+        raise ValueError(
+            f"{config.weights} {'; it '.join(faults)}: it is no whole {config.name} vision encoder."
+        )
 
 
 def _freeze(module: Any) -> Any:

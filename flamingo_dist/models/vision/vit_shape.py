@@ -67,7 +67,8 @@ def vit_config(name: ViTName, folder: str) -> Any:
     kind = _read_json(folder, "config.json").get("model_type")
     if kind not in MODEL_TYPES[name]:
         raise ValueError(
-            f"{folder} holds a model of type {kind!r}; the vision encoder {name!r} takes {' or '.join(MODEL_TYPES[name])}."
+            f"{folder} holds a model of type {kind!r}; the vision encoder {name!r} takes "
+            f"{' or '.join(MODEL_TYPES[name])}."
         )
     config_class = {
         "clip": transformers.CLIPVisionConfig,

@@ -219,7 +219,10 @@ def misshapen(arrays: Arrays) -> None:
         (lacking, r"lacks NFNet/~/nf_block_1/~/conv1b/gain"),
         (superfluous, r"holds NFNet/~/nf_block_9/skip_gain, which the encoder does not have"),
         (misshapen, r"NFNet/~/final_conv/w of shape \[1, 1, 3, 128\] instead of \[1, 1, 64, 128\]"),
-        (lambda arrays: arrays.clear() or arrays.update(x=np.zeros(1)), r"neither haiku's names .* begins with x"),
+        (
+            lambda arrays: arrays.clear() or arrays.update(x=np.zeros(1)),
+            r"neither haiku's names .* begins with x",
+        ),
     ],
 )
 def test_other_weights_are_refused_by_name(

@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_dist.models.flamingo import Flamingo
+from flamingo_dist.models.init import initialize_
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
+from flamingo_dist.parallel.topology import single_process
 from tests.flamingo_dist.models.vision import vit_folder
 from tests.ranks import RankPool
+from tests.tiny import IMAGE, network
 
 # Repeats, kernel, stride, expansion, width of each stage: from the network's own description.
 STAGES = (
@@ -269,6 +273,32 @@ def build_under_zero_init(_topology: Any, configs: list[VisionConfig]) -> list[T
         encoders = [build_vision(vision) for vision in configs]
         assert torch.empty(1).dtype == torch.bfloat16, "the context goes on after the encoder"
     return [e(random_pixels(1, e.image_size)) for e in encoders]
+
+
+@pytest.mark.parametrize("name", ["nfnet-tiny", "clip", "siglip", "dinov2"])
+def test_the_network_trains_on_every_encoder(name: str, weights: Path, tmp_path: Path) -> None:
+    vision = any_config(name, weights, tmp_path)
+    base = network(gate_init=0.5)
+    config = dataclasses.replace(
+        base,
+        vision=vision,
+        resampler=dataclasses.replace(base.resampler, feature_width=vision.width),
+        vision_batch=2,
+    )
+    tokens = torch.tensor([[1, IMAGE, 5, 6]])
+    with single_process():
+        model = Flamingo(config, dtype=torch.bfloat16)
+        initialize_(model, seed=0)
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        clips = [random_pixels(2, vision.image_size, seed)[None, None] for seed in (1, 2)]
+        losses = []
+        for clip in clips:
+            out = model(tokens, torch.tensor([[0, 1, 1, 1]]), clip, mask, targets_BT=tokens)
+            losses.append(out.nll_BT.sum())
+        losses[0].backward()
+    assert losses[0] != losses[1], "another clip gives another loss"
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.resampler.layers.parameters())
+    assert not any("vision" in key for key in model.state_dict())
 
 
 @pytest.mark.distributed

@@ -20,7 +20,9 @@ Tensors = dict[str, Tensor]
 
 
 def pixels(size: int = SIZE) -> Tensor:
-    return torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    return torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
 
 
 def normalised(pixels_N3HW: Tensor) -> Tensor:
@@ -34,8 +36,12 @@ def config(name: str, folder: Path, **changes: Any) -> VisionConfig:
 
 @torch.no_grad()
 def hidden(vision: Any, size: int = SIZE, dtype: torch.dtype = torch.float32) -> Tensor:
-    options = {} if isinstance(vision, transformers.Dinov2Model) else {"interpolate_pos_encoding": size != SIZE}
-    states: Tensor = vision.to(dtype)(pixel_values=normalised(pixels(size)).to(dtype), **options).last_hidden_state
+    options = (
+        {} if isinstance(vision, transformers.Dinov2Model) else {"interpolate_pos_encoding": size != SIZE}
+    )
+    states: Tensor = vision.to(dtype)(
+        pixel_values=normalised(pixels(size)).to(dtype), **options
+    ).last_hidden_state
     return states
 
 
@@ -85,7 +91,10 @@ def test_the_final_norm_is_a_setting(tmp_path: Path, name: str) -> None:
     bare = build_vision(off)(pixels())
     with torch.no_grad():
         torch.testing.assert_close(build_vision(on)(pixels()), norm(bare), atol=0, rtol=0)
-    assert default.fingerprint() == (off if name == "clip" else on).fingerprint() != on.fingerprint() or name != "clip"
+    assert (
+        default.fingerprint() == (off if name == "clip" else on).fingerprint() != on.fingerprint()
+        or name != "clip"
+    )
     assert on.fingerprint() != off.fingerprint()
 
 
@@ -173,7 +182,9 @@ def test_fingerprint_follows_weights_and_processor(tmp_path: Path) -> None:
     assert config("clip", tmp_path / "b").fingerprint() == before, "the path says nothing about the weights"
     assert config("clip", tmp_path / "a", class_token=True).fingerprint() != before
     said = json.loads((tmp_path / "b" / "preprocessor_config.json").read_text())
-    (tmp_path / "b" / "preprocessor_config.json").write_text(json.dumps(said | {"image_mean": [0.1, 0.2, 0.3]}))
+    (tmp_path / "b" / "preprocessor_config.json").write_text(
+        json.dumps(said | {"image_mean": [0.1, 0.2, 0.3]})
+    )
     assert config("clip", tmp_path / "b").fingerprint() != before
     vision, whole = make("clip")
     with torch.no_grad():

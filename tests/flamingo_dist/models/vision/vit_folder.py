@@ -44,7 +44,8 @@ def make(name: str, **changes: Any) -> Any:
         model = model_class(config_class(vision_config=shape, text_config=TEXT))
         vision = model.vision_model
     with torch.no_grad():
-        for parameter in model.parameters():  # fresh biases are 0 and fresh norms 1: a mistake there would not show
+        # Fresh biases are 0 and fresh norms 1: a mistake there would not show.
+        for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return vision.eval(), model
 
