@@ -40,7 +40,7 @@ def smoke_network() -> FlamingoConfig:
 def network_3b(layers: int) -> FlamingoConfig:
     """Return the network of the recipe `flamingo_3b` with `layers` of its 24 blocks."""
     width, heads = 2048, 16
-    vision = VisionConfig(name="tiny", image_size=320, tiny_width=1536)
+    vision = VisionConfig(name="nfnet-f6", image_size=320, dtype="bfloat16")
     return FlamingoConfig(
         lm=LMConfig(
             vocab_size=32_000,
