@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.lm_config import LMConfig
-from flamingo_dist.planning.workload import DatasetShape, Workload, tiny_layers
-
-EFFICIENTNET_FLOPS_224 = 2 * 0.39e9
-"""EfficientNet-Lite0 at 224 pixels, published multiply-adds; grows with the area."""
+from flamingo_dist.planning.vision import vision_flops
+from flamingo_dist.planning.workload import DatasetShape, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
     distances, scores = relative_flops(lm, data)
     return {
         "vision": PartFlops(
-            linear=media * data.frames * vision_frame(model) if data.pixels else 0.0,
+            linear=media * data.frames * vision_flops(model.vision) if data.pixels else 0.0,
             trainable=False,
             differentiated=False,
         ),
@@ -109,13 +107,6 @@ def _lm_weights(model: FlamingoConfig) -> int:
     lm = model.lm
     attention = (2 * lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim * lm.width
     return attention + lm.width * lm.ffn_width * (3 if lm.gated else 2)
-
-
-def vision_frame(model: FlamingoConfig) -> float:
-    """Return the operations of encoding one frame."""
-    if model.vision.name != "tiny":
-        return EFFICIENTNET_FLOPS_224 * (model.vision.image_size / 224) ** 2
-    return float(sum(18 * c.inputs * c.outputs * c.size_out**2 for c in tiny_layers(model)))
 
 
 def resampler(model: FlamingoConfig, media: int, frames: int) -> PartFlops:

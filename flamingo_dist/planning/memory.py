@@ -3,7 +3,8 @@
 from typing import Literal
 
 from flamingo_dist.planning.parameters import count_parameters
-from flamingo_dist.planning.workload import DatasetShape, Workload, tiny_layers
+from flamingo_dist.planning.vision import vision_working_bytes
+from flamingo_dist.planning.workload import DatasetShape, Workload
 
 Residency = Literal["resident", "partitioned"]
 REDUCE_BUCKET = 50_000_000
@@ -83,12 +84,7 @@ def vision_bytes(work: Workload, frames: int) -> float:
     vision = work.model.vision
     size = vision.torch_dtype.itemsize
     features = 2.0 * frames * vision.num_features * vision.width * size
-    if vision.name == "tiny":
-        layers = tiny_layers(work.model)
-        layer = max(c.inputs * c.size_in**2 + 2 * c.outputs * c.size_out**2 for c in layers)
-    else:
-        layer = 2 * 96 * (vision.image_size // 2) ** 2
-    return features + float(min(frames, work.model.vision_batch) * layer * size)
+    return features + min(frames, work.model.vision_batch) * vision_working_bytes(vision)
 
 
 def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -> dict[str, float]:

@@ -7,10 +7,7 @@ from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vocabulary import NUM_EXTRA_TOKENS, padded_vocab_size
-from flamingo_dist.planning.workload import tiny_layers
-
-EFFICIENTNET_PARAMETERS = 3_372_000
-"""EfficientNet-Lite0 without its classifier, about."""
+from flamingo_dist.planning.vision import vision_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
     block = lm_block(lm, tp)
     vocabulary = padded_vocab_size(lm.vocab_size, tp) // tp * lm.width
     return ParameterCounts(
-        vision=vision(model),
+        vision=vision_values(model.vision),
         resampler=resampler(model.resampler, tp),
         gated=gated * len(model.gated_positions()),
         extra=2 * NUM_EXTRA_TOKENS * lm.width,
@@ -69,13 +66,6 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
 
 def _norm(kind: str, width: int) -> int:
     return width * (2 if kind == "layer" else 1)
-
-
-def vision(model: FlamingoConfig) -> int:
-    """Count the encoder: weights and biases of its convolutions."""
-    if model.vision.name != "tiny":
-        return EFFICIENTNET_PARAMETERS
-    return sum(9 * c.inputs * c.outputs + c.outputs for c in tiny_layers(model))
 
 
 def lm_block(lm: LMConfig, tp: int) -> int:

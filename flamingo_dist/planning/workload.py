@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from flamingo_dist.models.flamingo import FlamingoConfig
-from flamingo_dist.models.vision.base import TINY_STRIDE
 from flamingo_dist.parallel.topology import ParallelConfig
 
 
@@ -41,24 +40,3 @@ class Workload:
     def tokens_per_step(self) -> int:
         """Return the text tokens of a step over all ranks, padding included."""
         return sum(d.rows * d.tokens for d in self.datasets)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionLayer:
-    """One convolution: frames of `inputs` channels at `size_in` to `outputs` channels at `size_out`."""
-
-    inputs: int
-    outputs: int
-    size_in: int
-    size_out: int
-
-
-def tiny_layers(model: FlamingoConfig) -> list[VisionLayer]:
-    """Return the three convolutions of the tiny encoder."""
-    channels = (3, model.vision.width // 4, model.vision.width // 2, model.vision.width)
-    sizes = [model.vision.image_size >> i for i in range(4)]
-    assert model.vision.image_size // TINY_STRIDE == sizes[3], "the tiny encoder halves its input three times"
-    return [
-        VisionLayer(inputs=channels[i], outputs=channels[i + 1], size_in=sizes[i], size_out=sizes[i + 1])
-        for i in range(3)
-    ]

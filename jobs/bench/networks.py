@@ -50,7 +50,9 @@ class Widths:
     head_dim: int = 128
     """K."""
     features: int = 1536
-    """C, and E."""
+    """E, and C of IDEFICS, which has no map between the two."""
+    encoder: int = 3072
+    """C of the paper's networks: NFNet-F6's channels."""
     image_size: int = 320
     """Pixels."""
     vocab: int = 32_000
@@ -92,9 +94,9 @@ def network(name: str, layers: int | None = None) -> FlamingoConfig:
     return _idefics(sizes, layers) if name in IDEFICS else _paper(sizes, layers)
 
 
-def _vision(sizes: Widths) -> VisionConfig:
-    """Return an encoder of the right width; features come ready, so it never runs."""
-    return VisionConfig(name="tiny", image_size=sizes.image_size, tiny_width=sizes.features)
+def _vision(sizes: Widths, width: int) -> VisionConfig:
+    """Return a stand-in of the encoder's width; features come ready, so it never runs."""
+    return VisionConfig(name="tiny", image_size=sizes.image_size, tiny_width=width)
 
 
 def _paper(sizes: Widths, layers: int) -> FlamingoConfig:
@@ -111,9 +113,9 @@ def _paper(sizes: Widths, layers: int) -> FlamingoConfig:
             activation="gelu",
             positions="relative",
         ),
-        vision=_vision(sizes),
+        vision=_vision(sizes, sizes.encoder),
         resampler=ResamplerConfig(
-            feature_width=sizes.features, width=sizes.features, heads=16 // tensor, out_width=width
+            feature_width=sizes.encoder, width=sizes.features, heads=16 // tensor, out_width=width
         ),
         gated=GatedBlockConfig(
             width=width,
@@ -142,7 +144,7 @@ def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
             norm_eps=1e-6,
             tied=False,
         ),
-        vision=_vision(sizes),
+        vision=_vision(sizes, sizes.features),
         resampler=ResamplerConfig(
             feature_width=sizes.features, width=sizes.features, activation="relu", frames=1, frames_std=0.0
         ),

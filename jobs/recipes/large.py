@@ -3,7 +3,8 @@
 The LM is Chinchilla's: Transformer-XL's relative positions, RMSNorm, GeLU, 32,000 tied embeddings. Its weights were
 never published, so they are random unless `model.lm.weights` names a folder; `jobs.recipes.public` has LMs that are
 public. Table 5 counts 12 D^2 a gated block: its keys and values read the LM's width, so the resampler ends in a map
-to it. The vision encoder is a stand-in until NFNet-F6 is here.
+to it. NFNet-F6 is random, too, unless
+`model.vision.weights` names published weights.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ LAMBDAS = {"m3w": 1.0, "align": 0.2, "ltip": 0.2, "vtp": 0.03}
 
 
 def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConfig:
-    vision = VisionConfig(name="tiny", image_size=IMAGE, tiny_width=WIDTH)
+    vision = VisionConfig(name="nfnet-f6", image_size=IMAGE, dtype="bfloat16")
     return FlamingoConfig(
         lm=LMConfig(
             vocab_size=VOCAB,

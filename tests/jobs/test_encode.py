@@ -21,6 +21,7 @@ from data_pipeline.shards import ShardWriter
 from flamingo_dist.models.vision import VisionConfig, build_vision
 from jobs import encode, encode_shard
 from jobs.encode import EncodeConfig, encode_corpus, find_encoded, media_config
+from tests.flamingo_dist.models.vision import vit_folder
 
 VISION = VisionConfig()
 CONFIG = EncodeConfig(vision=VISION, batch=3)
@@ -79,6 +80,25 @@ def stored(members: dict[str, bytes], name: str = "npy", frames: int = 1) -> np.
 
 def live(pixels_F3HW: np.ndarray) -> np.ndarray:
     return build_vision(VISION)(torch.from_numpy(pixels_F3HW)).half().numpy()
+
+
+@pytest.mark.parametrize("name", ["nfnet-tiny", "clip", "siglip", "dinov2"])
+def test_every_encoder_stores_what_it_gives_live(tmp_path: Path, name: str) -> None:
+    if name != "nfnet-tiny":
+        vit_folder.save(name, tmp_path / "vit")
+    weights = "" if name == "nfnet-tiny" else str(tmp_path / "vit")
+    vision = VisionConfig(name=name, weights=weights, dtype="bfloat16")
+    config = EncodeConfig(vision=vision, batch=3)
+    source = write_pairs(tmp_path / "pairs", count=3)
+    report = encode_corpus(source, str(tmp_path / "out"), config, use_ray=False)
+    for (_, before), (_, after) in zip(read(source), read(report.url), strict=True):
+        pixels = decode_image(before["png"], config.media)
+        expected = build_vision(vision)(torch.from_numpy(pixels[None])).half().numpy()
+        found = decode_features(after["npy"], 1, vision.num_features, vision.width)
+        np.testing.assert_allclose(
+            found, expected, atol=0.05, rtol=0.05
+        )  # batches of other sizes, in bfloat16
+    assert encode_corpus(source, str(tmp_path / "out"), config, use_ray=False).reused
 
 
 def test_features_equal_a_live_encoding(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Statistics of features: exact on what they were taken of, and what standardised features look like."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from flamingo_dist.models.vision import VisionConfig, build_vision
 from jobs.encode import media_config
 from jobs.encode_shard import decoded_samples
 from jobs.statistics import feature_statistics, write_statistics
+from tests.flamingo_dist.models.vision import vit_folder
 
 VISION = VisionConfig(name="tiny", image_size=16, tiny_width=16)
 
@@ -52,20 +54,25 @@ def test_take_evenly_from_shards_and_pass_bad_images(tmp_path: Path) -> None:
     torch.testing.assert_close(few, expected)
 
 
-def test_standardised_features_have_mean_zero_and_about_unit_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny", "nfnet-tiny", "clip"])
+def test_standardised_features_have_mean_zero_and_about_unit_scale(tmp_path: Path, name: str) -> None:
     url = write_corpus(tmp_path / "corpus", 13)
     path = tmp_path / "cache" / "statistics.safetensors"
-    write_statistics(path, url, VISION)
-    vision = VisionConfig(name="tiny", image_size=16, tiny_width=16, statistics=str(path))
-    plain_NC, features_NC = (features_of(url, v).flatten(0, 1) for v in (VISION, vision))
+    bare = VISION if name == "tiny" else VisionConfig(name="nfnet-tiny", image_size=32)
+    if name == "clip":
+        vit_folder.save(name, tmp_path / "vit")
+        bare = VisionConfig(name="clip", weights=str(tmp_path / "vit"))
+    write_statistics(path, url, bare)
+    vision = replace(bare, statistics=str(path))
+    plain_NC, features_NC = (features_of(url, v).flatten(0, 1) for v in (bare, vision))
     std_C = plain_NC.std(0, unbiased=False)
     expected_NC = (plain_NC - plain_NC.mean(0)) / (std_C + 0.1 * std_C.mean())
     torch.testing.assert_close(features_NC, expected_NC, atol=1e-4, rtol=1e-4)
     # Half precision elsewhere in the network touches neither the statistics nor the encoder.
-    pixels = torch.randint(0, 255, (2, 3, 16, 16), dtype=torch.uint8)
+    pixels = torch.randint(0, 255, (2, 3, vision.image_size, vision.image_size), dtype=torch.uint8)
     before = build_vision(vision)(pixels)
     torch.testing.assert_close(build_vision(vision).bfloat16()(pixels), before)
-    assert vision.fingerprint() != VISION.fingerprint()
+    assert vision.fingerprint() != bare.fingerprint()
 
 
 def test_errors_say_what_was_found(tmp_path: Path) -> None:

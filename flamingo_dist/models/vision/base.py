@@ -1,110 +1,19 @@
-"""What every vision encoder offers, and how one is asked for."""
+"""What every vision encoder offers, and the convolution of the frozen ones."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-EFFICIENTNET_WIDTH = 1280
-"""Channels of EfficientNet-Lite0's head."""
-EFFICIENTNET_STRIDE = 32
-TINY_STRIDE = 8
-"""The tiny encoder halves its input three times."""
+from flamingo_dist.models.vision.config import VisionConfig
+
 STD_FLOOR = 0.1
 """Added to a channel's standard deviation, as a share of the mean one: a channel that hardly ever fires would
 otherwise be blown up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """Which frozen encoder turns pixels into features."""
-
-    name: Literal["tiny", "efficientnet-lite0"] = "tiny"
-    """`tiny`: a few random convolutions, for smoke runs and tests. `efficientnet-lite0`: ImageNet weights."""
-    weights: str = ""
-    """Path of the state dict (`.pth`) for `efficientnet-lite0`; `tiny` has none."""
-    image_size: int = 32
-    """Height and width of the input in pixels; a multiple of 8 for `tiny`, of 32 for `efficientnet-lite0`
-    (trained at 224)."""
-    tiny_width: int = 32
-    """Feature channels of `tiny`."""
-    tiny_seed: int = 0
-    """`tiny` is drawn from this seed alone, so that stored features fit every run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the encoder computes in. bfloat16 is about 2.5 times as fast on a CPU with AVX512-BF16, and moves
-    the features of EfficientNet-Lite0 by about 5 percent of their norm."""
-    statistics: str = ""
-    """Path of a `.safetensors` file with `mean` and `std`, fp32 [C], of the features of a corpus (`jobs.statistics`
-    writes it): features are then standardised channel by channel, so that what all its images share does not
-    drown what tells them apart. "" leaves them as the encoder gives them."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("tiny", "efficientnet-lite0"):
-            raise ValueError(f"vision encoder {self.name!r}: give 'tiny' or 'efficientnet-lite0'")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"vision dtype {self.dtype!r}: give 'float32' or 'bfloat16'")
-        if self.image_size < self._stride or self.image_size % self._stride:
-            raise ValueError(
-                f"image_size {self.image_size} for {self.name}: give a positive multiple of {self._stride}"
-            )
-        if self.tiny_width < 8 or self.tiny_width % 4:
-            raise ValueError(f"tiny_width {self.tiny_width}: give a multiple of 4, at least 8")
-        if (self.name == "tiny") == bool(self.weights):
-            raise ValueError(
-                f"weights {self.weights!r} for {self.name}: give a path for 'efficientnet-lite0' "
-                "and none for 'tiny'"
-            )
-
-    @property
-    def pad_colour(self) -> tuple[int, int, int]:
-        """RGB that the borders of an image which is not square are filled with: white, as transparency is."""
-        return (255, 255, 255)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's."""
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16
-
-    @property
-    def _stride(self) -> int:
-        return TINY_STRIDE if self.name == "tiny" else EFFICIENTNET_STRIDE
-
-    @property
-    def num_features(self) -> int:
-        """S, the spatial features of one image; known without building the encoder."""
-        return (self.image_size // self._stride) ** 2
-
-    @property
-    def width(self) -> int:
-        """C, the channels of a feature; known without building the encoder."""
-        return self.tiny_width if self.name == "tiny" else EFFICIENTNET_WIDTH
-
-    def fingerprint(self) -> str:
-        """Return a short hash of all that decides the features: settings, and the bytes of the weights.
-
-        Raises:
-            FileNotFoundError: the weights are not there.
-        """
-        settings = asdict(self) | {"weights": _sha256(Path(self.weights)) if self.weights else ""}
-        del settings["statistics"]
-        if self.statistics:
-            settings["statistics"] = _sha256(Path(self.statistics))
-        if self.name != "tiny":
-            # What an encoder does not read must not make its features stale.
-            del settings["tiny_width"], settings["tiny_seed"]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class VisionEncoder(nn.Module, ABC):
@@ -115,7 +24,7 @@ class VisionEncoder(nn.Module, ABC):
     """
 
     num_features: int
-    """S, the spatial features of one image."""
+    """S, the features of one image."""
     width: int
     """C, the channels of a feature."""
     mean_C: Tensor | None
@@ -124,6 +33,8 @@ class VisionEncoder(nn.Module, ABC):
     """fp32 [C], what the difference is multiplied by."""
     image_size: int
     """Height and width of the input in pixels."""
+    dtype: torch.dtype
+    """What the encoder computes in and returns."""
     pad_colour: tuple[int, int, int]
     """RGB that the borders of an image which is not square are filled with."""
 
@@ -131,6 +42,7 @@ class VisionEncoder(nn.Module, ABC):
         super().__init__()
         self.image_size, self.pad_colour = config.image_size, config.pad_colour
         self.num_features, self.width = config.num_features, config.width
+        self.dtype = config.torch_dtype
         mean_C, scale_C = _standardisation(config)
         self.register_buffer("mean_C", mean_C, persistent=False)
         self.register_buffer("scale_C", scale_C, persistent=False)
@@ -146,12 +58,7 @@ class VisionEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
-        """Return the features [N, C, h, w], in the encoder's dtype, of uint8 pixels [N, 3, H, W]."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the encoder computes in and returns."""
-        return next(b.dtype for name, b in self.named_buffers() if name not in ("mean_C", "scale_C"))
+        """Return the features [N, S, C], in the encoder's dtype, of uint8 pixels [N, 3, H, W]."""
 
     @torch.no_grad()
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
@@ -175,10 +82,39 @@ class VisionEncoder(nn.Module, ABC):
         if pixels_N3HW.shape[0] == 0:
             shape = (0, self.num_features, self.width)
             return torch.empty(shape, dtype=self.dtype, device=pixels_N3HW.device)
-        features_NSC = self.encode(pixels_N3HW).flatten(2).transpose(1, 2)
+        features_NSC = self.encode(pixels_N3HW)
         if self.mean_C is not None and self.scale_C is not None:
             features_NSC = ((features_NSC.float() - self.mean_C) * self.scale_C).to(self.dtype)
         return features_NSC.contiguous()
+
+
+class Normalisation(nn.Module):
+    """Subtracts a mean from pixels and divides by a standard deviation, in fp32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
+        """Hold the figures.
+
+        Args:
+            mean: of the channels' pixels, from 0 to 255.
+            std: their standard deviations.
+            dtype: of the result.
+        """
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        """Normalise uint8 pixels [N, 3, H, W]; the result has the same shape."""
+        return pixels_N3HW.float().sub_(self.mean).div_(self.std).to(self.dtype)
+
+
+def flatten_grid(features_NCHW: Tensor) -> Tensor:
+    """Return a grid [N, C, h, w] as features [N, h * w, C], row by row."""
+    return features_NCHW.flatten(2).transpose(1, 2)
 
 
 def _standardisation(config: VisionConfig) -> tuple[Tensor | None, Tensor | None]:

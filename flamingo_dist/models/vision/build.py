@@ -1,11 +1,13 @@
 """From a configuration to an encoder."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flamingo_dist.models.vision.base import VisionConfig, VisionEncoder
+from flamingo_dist.models.vision.base import VisionEncoder
+from flamingo_dist.models.vision.config import VisionConfig
 from flamingo_dist.models.vision.efficientnet import EfficientNetLite0
+from flamingo_dist.models.vision.nfnet import NFNet
 from flamingo_dist.models.vision.tiny import TinyEncoder
 
 
@@ -17,8 +19,18 @@ def build_vision(config: VisionConfig) -> VisionEncoder:
         ValueError: the weights are another network's.
     """
     with _outside_zero_init():
-        encoder = TinyEncoder(config) if config.name == "tiny" else EfficientNetLite0(config)
-    return encoder.eval()
+        return _encoder_class(config)(config).eval()
+
+
+def _encoder_class(config: VisionConfig) -> Callable[[VisionConfig], VisionEncoder]:
+    if config.is_vit:
+        # Imported late: transformers takes a second, and the other encoders do without.
+        from flamingo_dist.models.vision.vit import ViTEncoder
+
+        return ViTEncoder
+    if config.is_nfnet:
+        return NFNet
+    return TinyEncoder if config.name == "tiny" else EfficientNetLite0
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flamingo_dist.models.vision.base import FrozenConv, VisionConfig, VisionEncoder
+from flamingo_dist.models.vision.base import FrozenConv, VisionEncoder, flatten_grid
+from flamingo_dist.models.vision.config import VisionConfig
 
 BN_EPSILON = 1e-3
 
@@ -49,7 +50,7 @@ class EfficientNetLite0(VisionEncoder):
         self.head = convs.make("_conv_head", "_bn1")
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
-        """Return features [N, 1280, h, w] of uint8 pixels [N, 3, H, W]."""
+        """Return features [N, h * w, 1280] of uint8 pixels [N, 3, H, W]."""
         if pixels_N3HW.device.type != "cpu" or len(pixels_N3HW) <= CPU_CHUNK:
             return self._encode(pixels_N3HW)
         return torch.cat([self._encode(chunk) for chunk in torch.split(pixels_N3HW, CPU_CHUNK)])
@@ -59,7 +60,7 @@ class EfficientNetLite0(VisionEncoder):
         x = nn.functional.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         for block in self.blocks:
             x = block(x)
-        return nn.functional.relu6(self.head(x), inplace=True)
+        return flatten_grid(nn.functional.relu6(self.head(x), inplace=True))
 
 
 class _Block(nn.Module):

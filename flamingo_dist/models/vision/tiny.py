@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_dist.models.init import ParamTag, draw
-from flamingo_dist.models.vision.base import FrozenConv, VisionConfig, VisionEncoder
+from flamingo_dist.models.vision.base import FrozenConv, VisionEncoder, flatten_grid
+from flamingo_dist.models.vision.config import VisionConfig
 
 
 class TinyEncoder(VisionEncoder):
@@ -27,8 +28,8 @@ class TinyEncoder(VisionEncoder):
         self.layers = nn.ModuleList(layers)
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
-        """Return features [N, C, h, w] of uint8 pixels [N, 3, H, W]."""
+        """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
         x = (pixels_N3HW.to(self.dtype) - 127.5) / 64.0
         for layer in self.layers:
             x = nn.functional.relu(layer(x))
-        return x
+        return flatten_grid(x)

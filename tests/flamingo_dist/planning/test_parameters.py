@@ -78,13 +78,8 @@ def test_counts_of_a_resampler_that_widens(tp):
 @pytest.mark.parametrize("name", ["smoke", "flamingo_3b"])
 def test_the_encoder_counts_its_buffers(name):
     config = RECIPES[name].config().model
-    if config.vision.tiny_width > 1000:
-        config = replace(
-            config,
-            vision=replace(config.vision, tiny_width=64),
-            resampler=replace(config.resampler, feature_width=64),
-        )
-    vision = build_vision(config.vision)
+    with torch.device("meta"):
+        vision = build_vision(config.vision)
     assert count_parameters(config).vision == sum(b.numel() for b in vision.buffers())
 
 

@@ -16,7 +16,7 @@ from jobs.demo.fetch import Parts, find_parts
 from jobs.demo.prepare import demo_encoder
 from jobs.demo.stamps import _caption
 from jobs.encode import media_config
-from tests.flamingo_dist.models.test_vision import published_features
+from tests.flamingo_dist.models.vision.test_vision import published_features
 
 pytestmark = pytest.mark.assets
 

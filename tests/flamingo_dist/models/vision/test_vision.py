@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_dist.models.flamingo import Flamingo
+from flamingo_dist.models.init import initialize_
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
+from flamingo_dist.parallel.topology import single_process
+from tests.flamingo_dist.models.vision import vit_folder
 from tests.ranks import RankPool
+from tests.tiny import IMAGE, network
 
 # Repeats, kernel, stride, expansion, width of each stage: from the network's own description.
 STAGES = (
@@ -139,9 +144,22 @@ def test_features_do_not_depend_on_the_batch(weights: Path) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture(params=["tiny", "efficientnet-lite0"])
-def encoder(request: pytest.FixtureRequest, weights: Path) -> VisionEncoder:
-    return build_vision(VisionConfig() if request.param == "tiny" else lite0(weights))
+def any_config(name: str, weights: Path, folder: Path) -> VisionConfig:
+    """A small encoder of each kind."""
+    if name in ("tiny", "nfnet-tiny"):
+        return VisionConfig(name=name)
+    if name == "efficientnet-lite0":
+        return lite0(weights)
+    vit_folder.save(name, folder)
+    return VisionConfig(name=name, weights=str(folder))
+
+
+KINDS = ["tiny", "efficientnet-lite0", "nfnet-tiny", "clip", "siglip", "dinov2"]
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request: pytest.FixtureRequest, weights: Path, tmp_path: Path) -> VisionEncoder:
+    return build_vision(any_config(request.param, weights, tmp_path))
 
 
 def test_what_every_encoder_promises(encoder: VisionEncoder) -> None:
@@ -152,7 +170,13 @@ def test_what_every_encoder_promises(encoder: VisionEncoder) -> None:
     assert features.std(0).max() > 0, "different pictures give different features"
     assert not features.requires_grad
     assert encoder(random_pixels(0, size)).shape == (0, encoder.num_features, encoder.width)
-    assert encoder.pad_colour == (255, 255, 255)
+
+
+def test_borders_are_white_or_the_mean_that_is_subtracted(weights: Path, tmp_path: Path) -> None:
+    for name in KINDS:
+        config = any_config(name, weights, tmp_path / name)
+        mean = {"nfnet-tiny": (124, 116, 104), "tiny": (255,) * 3, "efficientnet-lite0": (255,) * 3}
+        assert config.pad_colour == build_vision(config).pad_colour == mean.get(name, vit_folder.MEAN_RGB)
 
 
 def test_weights_are_out_of_reach_of_optimizer_checkpoint_and_casts(encoder: VisionEncoder) -> None:
@@ -191,11 +215,16 @@ def test_tiny_geometry_follows_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "resnet"}, "give 'tiny' or 'efficientnet-lite0'"),
+        ({"name": "resnet"}, "give one of tiny, efficientnet-lite0, .*nfnet-f6.*clip, siglip, dinov2"),
         ({"image_size": 30}, "multiple of 8"),
         ({"name": "efficientnet-lite0", "weights": "w.pth", "image_size": 40}, "multiple of 32"),
         ({"name": "efficientnet-lite0", "image_size": 64}, "give a path"),
-        ({"weights": "w.pth"}, "none for 'tiny'"),
+        ({"weights": "w.pth"}, "for tiny: it has none"),
+        ({"name": "nfnet-f6", "image_size": 300}, "multiple of 32"),
+        ({"name": "clip"}, "give a local Hugging Face folder"),
+        ({"name": "nfnet-f6", "class_token": True}, "they are for clip, siglip, dinov2"),
+        ({"final_norm": False}, "they are for clip, siglip, dinov2"),
+        ({"name": "siglip", "weights": "w", "class_token": True}, "class_token True for siglip: it has none"),
         ({"tiny_width": 6}, "multiple of 4"),
         ({"dtype": "float16"}, "give 'float32' or 'bfloat16'"),
     ],
@@ -226,28 +255,56 @@ def test_fingerprint_follows_what_decides_the_features(weights: Path, tmp_path: 
         VisionConfig(),
         VisionConfig(tiny_seed=1),
         VisionConfig(tiny_width=16),
+        VisionConfig(name="nfnet-tiny"),
+        VisionConfig(name="nfnet-tiny", nfnet_seed=1),
     ]
     assert len({c.fingerprint() for c in [config, *others]}) == 1 + len(others)
-    assert dataclasses.replace(config, tiny_seed=5).fingerprint() == config.fingerprint()
+    assert dataclasses.replace(config, tiny_seed=5, nfnet_seed=5).fingerprint() == config.fingerprint()
+    # Features that lie on people's disks: settings of other encoders must not make them stale.
+    assert VisionConfig().fingerprint() == "6486f6310b9a7a11"
 
 
-def build_under_zero_init(_topology: Any, weights: str) -> list[Tensor]:
+def build_under_zero_init(_topology: Any, configs: list[VisionConfig]) -> list[Tensor]:
     """Features of encoders that are built inside `zero.Init`, which casts what it sees to bfloat16."""
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
-        encoders = [build_vision(VisionConfig()), build_vision(lite0(weights))]
+        encoders = [build_vision(vision) for vision in configs]
         assert torch.empty(1).dtype == torch.bfloat16, "the context goes on after the encoder"
     return [e(random_pixels(1, e.image_size)) for e in encoders]
 
 
+@pytest.mark.parametrize("name", ["nfnet-tiny", "clip", "siglip", "dinov2"])
+def test_the_network_trains_on_every_encoder(name: str, weights: Path, tmp_path: Path) -> None:
+    vision = any_config(name, weights, tmp_path)
+    base = network(gate_init=0.5)
+    config = dataclasses.replace(
+        base,
+        vision=vision,
+        resampler=dataclasses.replace(base.resampler, feature_width=vision.width),
+        vision_batch=2,
+    )
+    tokens = torch.tensor([[1, IMAGE, 5, 6]])
+    with single_process():
+        model = Flamingo(config, dtype=torch.bfloat16)
+        initialize_(model, seed=0)
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        clips = [random_pixels(2, vision.image_size, seed)[None, None] for seed in (1, 2)]
+        losses = []
+        for clip in clips:
+            out = model(tokens, torch.tensor([[0, 1, 1, 1]]), clip, mask, targets_BT=tokens)
+            losses.append(out.nll_BT.sum())
+        losses[0].backward()
+    assert losses[0] != losses[1], "another clip gives another loss"
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.resampler.layers.parameters())
+    assert not any("vision" in key for key in model.state_dict())
+
+
 @pytest.mark.distributed
-def test_zero_init_leaves_the_encoder_alone(ranks: RankPool, weights: Path) -> None:
-    for features, config in zip(
-        ranks.run(build_under_zero_init, str(weights), world=1)[0],
-        (VisionConfig(), lite0(weights)),
-        strict=True,
-    ):
+def test_zero_init_leaves_the_encoder_alone(ranks: RankPool, weights: Path, tmp_path: Path) -> None:
+    configs = [any_config(name, weights, tmp_path / name) for name in KINDS]
+    found = ranks.run(build_under_zero_init, configs, world=1)[0]
+    for features, config in zip(found, configs, strict=True):
         expected = build_vision(config)(random_pixels(1, config.image_size))
         torch.testing.assert_close(features, expected)

@@ -1,0 +1,167 @@
+"""NFNet (arXiv 2102.06171) as a frozen encoder: the paper's NFNet-F6, its smaller kin, and a tiny one.
+
+What training needs is folded away once, at construction: the standardisation of the weights with its gain, the
+activation's constant and the blocks' beta, which are factors of what the next convolution reads.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_dist.models.vision.base import FrozenConv, Normalisation, VisionEncoder, flatten_grid
+from flamingo_dist.models.vision.config import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
+from flamingo_dist.models.vision.nfnet_shape import (
+    ALPHA,
+    NFNETS,
+    BlockShape,
+    ConvShape,
+    NFNetShape,
+    TensorSpec,
+)
+from flamingo_dist.models.vision.nfnet_weights import Published, Reader, drawn, empty
+
+GAMMA = 1.7015043497085571
+"""Scales GELU's output to unit variance where its input has it (the published constant)."""
+EPSILON = 1e-4
+"""Least variance of a weight times its fan-in, in the published standardisation."""
+
+
+class NFNet(VisionEncoder):
+    """All of an NFNet but its classifier: features after the final 1x1 convolution and its activation.
+
+    Input is normalised by ImageNet's mean and standard deviation, as the published code does.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        """Load or draw the weights.
+
+        Args:
+            config: the encoder; without `weights` they are drawn from `nfnet_seed`, and on the meta device
+                (`with torch.device("meta")`) none are made.
+
+        Raises:
+            FileNotFoundError: there is no file at `config.weights`.
+            ValueError: the file holds other weights.
+        """
+        super().__init__(config)
+        shape = NFNETS[config.name]
+        self.normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD, config.torch_dtype)
+        parts = _Parts(shape, _reader(config, shape), config.torch_dtype)
+        self.stem = nn.ModuleList(
+            parts.conv(f"stem_conv{i}", conv, GAMMA if i else 1.0) for i, conv in enumerate(shape.stem)
+        )
+        self.blocks = nn.ModuleList(_Block(block, parts) for block in shape.blocks())
+        self.final = parts.conv("final_conv", shape.final, 1.0)
+
+    def encode(self, pixels_N3HW: Tensor) -> Tensor:
+        """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
+        x = self.normalise(pixels_N3HW).contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.stem):
+            x = conv(_gelu_(x) if i else x)
+        for block in self.blocks:
+            x = block(x)
+        return flatten_grid(_gelu_(self.final(x)).mul_(GAMMA))
+
+
+class _Block(nn.Module):
+    """A residual block: bottleneck with two grouped 3x3 convolutions, squeeze-and-excite, skip gain."""
+
+    scale: Tensor
+
+    def __init__(self, block: BlockShape, parts: "_Parts") -> None:
+        super().__init__()
+        convs = block.convs
+        # The convolutions that read the block's input read GELU's output: times its constant and beta.
+        entry = GAMMA * block.beta
+
+        def conv(name: str, factor: float) -> FrozenConv:
+            return parts.conv(f"{block.haiku}/~/{name}", convs[name], factor)
+
+        self.shortcut = conv("conv_shortcut", entry) if "conv_shortcut" in convs else None
+        self.pools = block.stride > 1
+        self.conv0 = conv("conv0", entry)
+        self.inner = nn.ModuleList(conv(name, GAMMA) for name in ("conv1", "conv1b", "conv2"))
+        self.squeeze = parts.linear(f"{block.haiku}/~/squeeze_excite/~/linear")
+        self.excite = parts.linear(f"{block.haiku}/~/squeeze_excite/~/linear_1")
+        # The published code doubles the gate to make up for the sigmoid's half.
+        scale = 2.0 * ALPHA * parts.read(f"{block.haiku}/skip_gain")
+        self.register_buffer("scale", scale.to(parts.dtype), persistent=False)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map [N, in, h, w] to [N, out, h / stride, w / stride]."""
+        y = nn.functional.gelu(x_NCHW, approximate="tanh")
+        residual = x_NCHW
+        if self.shortcut is not None:
+            residual = self.shortcut(nn.functional.avg_pool2d(y, 2) if self.pools else y)
+        y = self.conv0(y)
+        for conv in self.inner:
+            y = conv(_gelu_(y))
+        gate_NC = torch.sigmoid(self.excite(nn.functional.relu(self.squeeze(y.mean((2, 3)))))) * self.scale
+        return torch.addcmul(residual, y, gate_NC[:, :, None, None])
+
+
+class _Linear(nn.Module):
+    """A linear layer with fixed weights."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("bias", bias.to(dtype), persistent=False)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """Map [N, in] to [N, out]."""
+        return nn.functional.linear(x_NC, self.weight, self.bias)
+
+
+class _Parts:
+    """Makes the layers of a network by their published names."""
+
+    def __init__(self, shape: NFNetShape, reader: Reader, dtype: torch.dtype) -> None:
+        self._specs: Mapping[str, TensorSpec] = {spec.haiku: spec for spec in shape.tensors()}
+        self._reader, self.dtype = reader, dtype
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in torch's layout, fp32."""
+        return self._reader(self._specs[name])
+
+    def conv(self, name: str, shape: ConvShape, factor: float) -> FrozenConv:
+        """Return a convolution that reads its input times `factor`, its weights standardised."""
+        weight, bias = self.read(f"{name}/w"), self.read(f"{name}/bias")
+        if not weight.is_meta:  # ten operations without a result would be a second for F6
+            weight = (standardised(weight, self.read(f"{name}/gain")) * factor).float()
+        return FrozenConv(weight, bias, self.dtype, stride=shape.stride, groups=shape.groups)
+
+    def linear(self, name: str) -> _Linear:
+        """Return a linear layer."""
+        return _Linear(self.read(f"{name}/w"), self.read(f"{name}/b"), self.dtype)
+
+
+def standardised(weight: Tensor, gain: Tensor) -> Tensor:
+    """Return scaled weight standardisation as published.
+
+    Args:
+        weight: of shape [out, in, k, k].
+        gain: of shape [out].
+
+    Returns:
+        fp64, of shape [out, in, k, k]: every output's weights with mean 0 and norm `gain`.
+    """
+    weight = weight.double()
+    variance = weight.var((1, 2, 3), correction=0, keepdim=True)
+    scale = (variance * weight[0].numel()).clamp(min=EPSILON).rsqrt() * gain.double()[:, None, None, None]
+    return (weight - weight.mean((1, 2, 3), keepdim=True)) * scale
+
+
+def _gelu_(x: Tensor) -> Tensor:
+    """Apply GELU in place: a convolution's result is of no other use, and the largest tensors are there."""
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def _reader(config: VisionConfig, shape: NFNetShape) -> Reader:
+    if torch.get_default_device().type == "meta":
+        return empty
+    return Published(config.weights, shape) if config.weights else drawn(shape, config.nfnet_seed)

@@ -1,0 +1,168 @@
+"""Weights of an NFNet: from the published files, drawn at random, or empty on the meta device."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from flamingo_dist.models.init import ParamTag, draw
+from flamingo_dist.models.vision.haiku_file import read_pickle
+from flamingo_dist.models.vision.nfnet_shape import NFNetShape, TensorSpec
+
+HAIKU_PREFIX = "NFNet/~/"
+"""The published code's name of the network, before the names of its modules."""
+CLASSIFIER = ("head.fc.weight", "head.fc.bias", f"{HAIKU_PREFIX}linear/w", f"{HAIKU_PREFIX}linear/b")
+"""What a checkpoint may hold beside the encoder."""
+SHOWN = 5
+"""Names in an error message."""
+
+Reader = Callable[[TensorSpec], Tensor]
+"""Gives one tensor in torch's layout, fp32, each one once."""
+
+
+def drawn(shape: NFNetShape, seed: int) -> Reader:
+    """Return a reader of random weights: every tensor depends on its name and `seed` alone.
+
+    Convolutions keep the scale of their input, gains and skip gains are 1 (training starts skip gains at 0, which
+    would leave the blocks without effect), biases 0.
+    """
+
+    def read(spec: TensorSpec) -> Tensor:
+        fan_in = int(np.prod(spec.shape[1:]))
+        std = fan_in**-0.5 if spec.kind in ("conv", "linear") else None
+        tag = ParamTag(std=std, value=0.0 if spec.kind == "vector" else 1.0)
+        name = f"vision.nfnet.{spec.haiku}"
+        return draw(name, tag, torch.Size(spec.shape), seed=seed, tp_rank=0, tp_size=1)
+
+    return read
+
+
+def empty(spec: TensorSpec) -> Tensor:
+    """Return a tensor of that shape on the meta device."""
+    return torch.empty(spec.shape, device="meta")
+
+
+class Published:
+    """Reads the tensors of one published file, and of nothing else."""
+
+    def __init__(self, path: str, shape: NFNetShape) -> None:
+        """Find the file's layout and check its names and shapes, before any tensor is converted.
+
+        Args:
+            path: DeepMind's haiku pickle, an `.npz` or `.safetensors` of the same names, timm's `.safetensors`
+                or `.pth`, or a folder with timm's `model.safetensors`.
+            shape: the network.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            ValueError: the file lacks tensors, holds others, or holds them in other shapes; the message names them.
+        """
+        self._file = _open(path)
+        shapes = self._file.shapes
+        self._haiku = any(name.startswith(HAIKU_PREFIX) for name in shapes)
+        if not self._haiku and not any(name.startswith("stem.conv1.") for name in shapes):
+            raise ValueError(
+                f"{path} holds neither haiku's names ({HAIKU_PREFIX}stem_conv0/w) nor timm's "
+                f"(stem.conv1.weight); it begins with {_listed(shapes)}."
+            )
+        expected = {self._name(spec): self._stored_shape(spec) for spec in shape.tensors()}
+        check_tensors(path, expected, {n: s for n, s in shapes.items() if n not in CLASSIFIER})
+
+    def __call__(self, spec: TensorSpec) -> Tensor:
+        """Return one tensor in torch's layout, fp32."""
+        value = self._file.read(self._name(spec)).float()
+        if self._haiku and spec.kind == "conv":
+            return value.permute(3, 2, 0, 1)
+        if self._haiku and spec.kind == "linear":
+            return value.T
+        return value.reshape(spec.shape)
+
+    def _name(self, spec: TensorSpec) -> str:
+        return HAIKU_PREFIX + spec.haiku if self._haiku else spec.timm
+
+    def _stored_shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Return the shape that the layout stores the tensor in."""
+        shape = spec.shape
+        if self._haiku:
+            if spec.kind == "conv":
+                return (shape[2], shape[3], shape[1], shape[0])
+            return shape[::-1] if spec.kind == "linear" else shape
+        return {"linear": (*shape, 1, 1), "gain": (*shape, 1, 1, 1)}.get(spec.kind, shape)
+
+
+def check_tensors(
+    path: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check a file's tensors by name and shape.
+
+    Raises:
+        ValueError: one is missing, superfluous or of another shape; the message names it.
+    """
+    faults = []
+    if missing := expected.keys() - found.keys():
+        faults.append(f"lacks {_listed(sorted(missing))}")
+    if extra := found.keys() - expected.keys():
+        faults.append(f"holds {_listed(sorted(extra))}, which the encoder does not have")
+    wrong = [n for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
+    shown = [f"{n} of shape {list(found[n])} instead of {list(expected[n])}" for n in wrong]
+    if shown:
+        faults.append(f"holds {_listed(shown)}")
+    if faults:
+        raise ValueError(f"{path} {'; it '.join(faults)}. Give the weights of the encoder that `name` names.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+class _Arrays:
+    """Tensors that are all in memory; each is given away once, so that its memory can go."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = dict(tensors)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._tensors.pop(name)
+        # A copy: arrays of a pickle are views of its read-only bytes.
+        return tensor if isinstance(tensor, Tensor) else torch.from_numpy(np.array(tensor, np.float32))
+
+
+class _SafeTensors:
+    """Tensors of a `.safetensors` file, read one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", device="cpu")
+        self.shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}  # noqa: SIM118
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+def _open(path: str) -> _Arrays | _SafeTensors:
+    """Open a file of weights by what it holds: the published `.npz` are pickles."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no NFNet weights at {str(file)!r}: give DeepMind's haiku file (F6_haiku.npz) or timm's "
+            "dm_nfnet_f6 as safetensors, or leave `weights` empty for random ones."
+        )
+    if file.suffix == ".safetensors":
+        return _SafeTensors(file)
+    if file.suffix in (".pth", ".pt", ".bin"):
+        return _Arrays(torch.load(file, map_location="cpu", weights_only=True))
+    with file.open("rb") as opened:
+        is_archive = opened.read(2) == b"PK"
+    if not is_archive:
+        return _Arrays(read_pickle(file))
+    with np.load(file, allow_pickle=False) as archive:
+        return _Arrays(dict(archive))
