@@ -152,7 +152,22 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, mpu=MegatronMPU(), dist_init_required=False
     )
+    if config["zero_optimization"]["stage"] == 3:
+        _unhook_without_parameters(model)
     return engine
+
+
+def _unhook_without_parameters(model: nn.Module) -> None:
+    """Take ZeRO-3's hooks off modules that hold no parameter.
+
+    ZeRO-3 prefetches, and keeps what runs again soon, only while modules run in the order that it has recorded. The
+    vision encoder runs once a sub-batch of frames, so that data sets with other numbers of frames broke the record in
+    every step, and the weights of a step were gathered almost twice. It has buffers alone, as resident blocks have.
+    """
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
 
 
 @contextmanager

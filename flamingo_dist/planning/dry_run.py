@@ -7,7 +7,6 @@ values, `planning.ledger` counts what the rank holds and sends.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,12 +20,7 @@ from flamingo_dist.planning.workload import DatasetShape, Workload
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.build import build_engine
 from flamingo_dist.training.config import TrainConfig
-from flamingo_dist.training.step import TrainStep
-
-WARM_UP = 1
-"""Steps before the one that is reported: ZeRO-3 records the order of modules in its first forward and backward and
-prefetches from the second forward on; AdamW makes its state in its first step."""
-
+from flamingo_dist.training.step import StepResult, TrainStep
 
 @dataclass(frozen=True, kw_only=True)
 class Followed:
@@ -81,7 +75,7 @@ def follow(
     work: Workload,
     train: TrainConfig,
     batches: Mapping[str, TrainBatch],
-) -> tuple[Followed, list[Any]]:
+) -> tuple[Followed, StepResult]:
     """Build the engine of this rank, step it and return what it held and sent; on real tensors or on fake ones.
 
     Args:
@@ -92,7 +86,8 @@ def follow(
         batches: this rank's batch of each data set.
 
     Returns:
-        The figures, and the results of the steps.
+        The figures and the result of the second step. In the first one ZeRO-3 records the order of modules, by which it
+        prefetches from the second forward on, and AdamW makes its state.
     """
     started = time.perf_counter()
     engine = build_engine(work.model, train, work.parallel, topology)
@@ -102,12 +97,11 @@ def follow(
     weights = dict.fromkeys(batches, 1.0)
     plain = is_plain(work.parallel, train.torch_dtype)
     step = TrainStep(engine, train, topology, weights, plain_optimizer=plain)
-    results = []
-    for number in range(WARM_UP + 1):
-        claim(ledger, engine)
-        ledger.reset()
-        standing, begun = dict(ledger.live), time.perf_counter()
-        results.append(step.run(number, batches))
+    step.run(0, batches)
+    claim(ledger, engine)
+    ledger.reset()
+    standing, begun = dict(ledger.live), time.perf_counter()
+    result = step.run(1, batches)
     seconds = {"build": built - started, "step": time.perf_counter() - begun}
     figures = Followed(
         peak=_present(ledger.peak),
@@ -116,7 +110,7 @@ def follow(
         sent=dict(ledger.sent),
         seconds=seconds,
     )
-    return figures, results
+    return figures, result
 
 
 def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu: bool = True) -> Followed:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_dist.planning.collectives import (
@@ -29,6 +30,7 @@ from flamingo_dist.planning.collectives import (
     wire_share,
 )
 
+DEVICE = torch.ops.prim.device.default
 # Who makes a storage tells what it is for: the innermost of these frames decides. "" stands for all functions of
 # the file that are not named.
 SITES: dict[str, dict[str, str]] = {
@@ -75,6 +77,11 @@ class _Entry:
 
 class Ledger(TorchDispatchMode):
     """Follows storages and collectives of this process while it is entered."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch's guard against tracing this would cost as much as the rest, and nothing is traced."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +144,8 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run `func` and enter what it made or sent."""
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # more than half of all calls
         sent = payload(func, args)
         if sent is not None:
             self._count(*sent)

@@ -40,6 +40,11 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 class Values(TorchDispatchMode):
     """Answers for values that fake tensors do not have."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, as `Ledger` does."""
+        return False
+
     def __init__(self, selected: Mapping[tuple[int, ...], int]) -> None:
         """Take how many elements of a mask are set by its shape; of other masks all are."""
         super().__init__()
@@ -111,6 +116,7 @@ def _stand_ins(like_gpu: bool) -> dict[str, Any]:
         found["flamingo_dist.training.build.deepspeed_config"] = _overlapping
         here = [name for name, m in list(sys.modules.items()) if vars(m).get("attention") is sdpa.attention]
         found |= dict.fromkeys((f"{name}.attention" for name in here), _attention)
+        found["torch.nn.functional.rms_norm"] = _rms_norm
     return found
 
 
@@ -152,3 +158,26 @@ def _attention(
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa
     )
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The shapes of torch's RMSNorm on a GPU, one kernel; on a CPU it is made of many, which keep fp32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Return an empty result like x [..., D]."""
+        factor = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, factor)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return empty gradients."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Stand in for `torch.nn.functional.rms_norm` of x [..., D], as on a GPU."""
+    result: Tensor = _FusedRMSNorm.apply(x, weight)
+    return result

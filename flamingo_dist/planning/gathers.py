@@ -1,0 +1,141 @@
+"""What ZeRO-3 gathers, keeps and lets go in one forward and backward: DeepSpeed's coordinator, replayed.
+
+DeepSpeed does not gather a unit each time it runs: it keeps one that runs again within `MAX_REUSE` elements, and one
+that its look-ahead found whole. So the bytes gathered depend on the order and the sizes of all units. The rules are
+those of `PartitionedParameterCoordinator` (deepspeed 0.19) once it has recorded the order of modules.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.planning.parameters import count_parameters
+from flamingo_dist.planning.parameters import resampler as count_resampler
+
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 gathers ahead (`parallel.zero.deepspeed_config`)."""
+MAX_LIVE = 1_000_000_000
+"""Gathered elements up to which DeepSpeed looks ahead (its default)."""
+MAX_REUSE = 1_000_000_000
+"""Elements within which a unit that runs again is kept (its default)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathers:
+    """Elements gathered by one rank in one forward and backward."""
+
+    frozen: int
+    """Of frozen units, all times."""
+    trainable: int
+    """Of trainable units, all times."""
+    calls: int
+    """Gathers, about: those of a look-ahead are one."""
+    live_at_head: int
+    """Whole elements while the losses are computed."""
+    live_in_blocks: int
+    """Most whole elements while the backward is in the blocks."""
+
+
+@dataclass(frozen=True)
+class _Use:
+    unit: str
+    size: int
+    frozen: bool
+
+
+@lru_cache(maxsize=256)
+def replay(model: FlamingoConfig, tp: int, *, partitioned: bool, checkpointing: bool) -> Gathers:
+    """Replay one forward and backward of a data set.
+
+    Args:
+        model: the network.
+        tp: tensor-parallel degree.
+        partitioned: whether frozen weights are partitioned too.
+        checkpointing: whether blocks are recomputed.
+    """
+    forward, backward = _order(model, tp, partitioned=partitioned, checkpointing=checkpointing)
+    return _replay([*forward, *backward], head=len(forward) - 1)
+
+
+def _order(
+    model: FlamingoConfig, tp: int, *, partitioned: bool, checkpointing: bool
+) -> tuple[list[_Use], list[_Use]]:
+    """Return the uses of units in the order of the forward and of the backward."""
+    counts, lm = count_parameters(model, tp), model.lm
+    gated = set(model.gated_positions())
+
+    def frozen(name: str, size: int) -> list[_Use]:
+        return [_Use(name, size, True)] if partitioned else []
+
+    def block(i: int) -> list[_Use]:
+        own = [_Use(f"gated {i}", counts.gated_block, False)] if i in gated else []
+        return own + frozen(f"block {i}", counts.lm_block)
+
+    whole = count_resampler(model.resampler, tp)
+    layers = 1 if model.resampler.shared_feature_kv else model.resampler.depth
+    parts = [_Use(f"resampler {i}", whole // layers, False) for i in range(layers)]
+    table = counts.vocabulary // (1 if lm.tied else 2)
+    extra = _Use("extra", counts.extra // 2, False), _Use("extra head", counts.extra // 2, False)
+    head = [*frozen("table" if lm.tied else "head", table), extra[1]]
+    blocks = [block(i) for i in range(lm.num_layers)]
+    forward = [*parts, *frozen("table", table), extra[0], *(use for part in blocks for use in part), *head]
+    backward = list(reversed(head))
+    for part in reversed(blocks):
+        # The block's own backward gathers first, then its second forward runs, then the backwards.
+        backward += [*part[-1:], *part] if checkpointing else []
+        backward += reversed(part)
+    return forward, [*backward, extra[0], *reversed(parts)]
+
+
+def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
+    live: dict[str, int] = {}
+    latest: dict[str, int] = defaultdict(lambda: -1)
+    queue = deque(enumerate(order))
+    gathered = {True: 0, False: 0}
+    calls = live_at_head = live_in_blocks = 0
+
+    def gather(use: _Use) -> int:
+        if use.unit in live:
+            return 0
+        live[use.unit] = use.size
+        gathered[use.frozen] += use.size
+        return use.size
+
+    for step, use in enumerate(order):
+        calls += bool(gather(use))
+        while queue and latest[use.unit] < step:
+            place, ahead = queue.popleft()
+            latest[ahead.unit] = place
+        room, ahead_size = min(MAX_LIVE - sum(live.values()), PREFETCH), 0
+        while queue and ahead_size < room:
+            place, ahead = queue.popleft()
+            latest[ahead.unit] = max(latest[ahead.unit], place)
+            ahead_size += gather(ahead)
+        calls += bool(ahead_size)
+        if step == head:
+            live_at_head = sum(live.values())
+        elif step > head:
+            live_in_blocks = max(live_in_blocks, sum(live.values()))
+        if latest[use.unit] <= step + 1 and not _runs_again(order, step + 1, use.unit):
+            live.pop(use.unit, None)
+    return Gathers(
+        frozen=gathered[True],
+        trainable=gathered[False],
+        calls=calls,
+        live_at_head=live_at_head,
+        live_in_blocks=live_in_blocks,
+    )
+
+
+def _runs_again(order: Sequence[_Use], start: int, unit: str) -> bool:
+    """Return whether the unit runs within `MAX_REUSE` elements from `start` on."""
+    passed = 0
+    for use in order[start:]:
+        if passed >= MAX_REUSE:
+            return False
+        if use.unit == unit:
+            return True
+        passed += use.size
+    return False
