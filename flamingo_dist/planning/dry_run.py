@@ -5,7 +5,7 @@ values, `planning.ledger` counts what the rank holds and sends.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,22 +86,24 @@ def follow(
         batches: this rank's batch of each data set.
 
     Returns:
-        The figures and the result of the second step. In the first one ZeRO-3 records the order of modules, by which it
-        prefetches from the second forward on, and AdamW makes its state.
+        The figures and the result of the second step. In the first one, on the last data set alone, ZeRO-3 records the
+        order of modules, by which it prefetches from the second forward on, and AdamW makes its state.
     """
     started = time.perf_counter()
     engine = build_engine(work.model, train, work.parallel, topology)
     follow_gradients(ledger, engine)
     claim(ledger, engine)
     built, build_peak = time.perf_counter(), ledger.peak_bytes
-    weights = dict.fromkeys(batches, 1.0)
     plain = is_plain(work.parallel, train.torch_dtype)
-    step = TrainStep(engine, train, topology, weights, plain_optimizer=plain)
-    step.run(0, batches)
+
+    def steps(names: Iterable[str]) -> TrainStep:
+        return TrainStep(engine, train, topology, dict.fromkeys(names, 1.0), plain_optimizer=plain)
+
+    steps(list(batches)[-1:]).run(0, batches)
     claim(ledger, engine)
     ledger.reset()
     standing, begun = dict(ledger.live), time.perf_counter()
-    result = step.run(1, batches)
+    result = steps(batches).run(1, batches)
     seconds = {"build": built - started, "step": time.perf_counter() - begun}
     figures = Followed(
         peak=_present(ledger.peak),

@@ -118,7 +118,7 @@ def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
             live_at_head = sum(live.values())
         elif step > head:
             live_in_blocks = max(live_in_blocks, sum(live.values()))
-        if latest[use.unit] <= step + 1 and not _runs_again(order, step + 1, use.unit):
+        if latest[use.unit] <= step + 1 and not _runs_again(order, step + 1, use.unit, root=head + 1):
             live.pop(use.unit, None)
     return Gathers(
         frozen=gathered[True],
@@ -129,13 +129,16 @@ def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
     )
 
 
-def _runs_again(order: Sequence[_Use], start: int, unit: str) -> bool:
-    """Return whether the unit runs within `MAX_REUSE` elements from `start` on."""
+def _runs_again(order: Sequence[_Use], start: int, unit: str, *, root: int) -> bool:
+    """Return whether the unit runs within `MAX_REUSE` elements from `start` on.
+
+    DeepSpeed takes the network as a whole, whose backward begins at `root`, for a use of everything in it.
+    """
     passed = 0
-    for use in order[start:]:
+    for place, use in enumerate(order[start:], start):
         if passed >= MAX_REUSE:
             return False
-        if use.unit == unit:
+        if use.unit == unit or place == root:
             return True
         passed += use.size
     return False

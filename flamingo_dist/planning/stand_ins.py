@@ -3,8 +3,9 @@
 A fake tensor has a shape, a dtype and a storage of the right size, but no values, and a fake group returns at once. So
 whatever reads a value needs a stand-in; all of them are here:
 
-- A value that is read back (`.item()`, `bool(...)`: our check for a finite loss, the counts of a step) is 1 or True.
-- DeepSpeed's gradient norm is valid: its check also asks whether the norm is below 0, which would be True.
+- A number that is read back is 1 (AdamW's count of steps, our counts of a batch) and a condition True (our check for
+  a finite loss); a byte is 0 (DeepSpeed's flag of an overflow).
+- DeepSpeed's gradient norm is valid: its check also asks whether the norm is below 0, and would be told True.
 - A mask selects all that it can (the loss mask all but the last position of a row): as the planner counts.
 - DeepSpeed compares lists of module numbers among ranks when it has recorded the order of modules; there is no other
   rank to differ from.
@@ -24,7 +25,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +36,10 @@ from kernels import sdpa
 
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+VIEWS = (aten.slice.Tensor, aten.view.default, aten.as_strided.default, aten.detach.default, aten.alias.default)
+
+READ_BACK = {torch.bool: True, torch.uint8: 0}
 
 
 class Values(TorchDispatchMode):
@@ -55,7 +60,9 @@ class Values(TorchDispatchMode):
     ) -> Any:
         """Run `func`, or stand in for it."""
         if func is aten._local_scalar_dense.default:
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+            return READ_BACK.get(args[0].dtype, 1)
+        if func in VIEWS and isinstance(args[0], FakeTensor):
+            return _view(func, args, kwargs or {})
         if func is aten.nonzero.default:
             return self._nonzero(args[0])
         if func in INDEXED:
@@ -100,6 +107,18 @@ def fake_rank(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(Values(selected))
         yield
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return a view of a fake tensor, without `FakeTensorMode`'s detour through Python.
+
+    ZeRO-3 makes one a rank for each parameter that it gathers or scatters, each at another offset: they were most of a
+    dry run's time.
+    """
+    whole: FakeTensor = args[0]
+    with in_kernel_invocation_manager(whole.fake_mode):
+        seen = func(*args, **kwargs)
+    return FakeTensor(whole.fake_mode, seen, whole.fake_device)
 
 
 def _stand_ins(like_gpu: bool) -> dict[str, Any]:
