@@ -1,7 +1,7 @@
 """What ZeRO-3 gathers, keeps and lets go in one forward and backward: DeepSpeed's coordinator, replayed.
 
-DeepSpeed does not gather a unit each time it runs: it keeps one that runs again within `MAX_REUSE` elements, and one
-that its look-ahead found whole. So the bytes gathered depend on the order and the sizes of all units. The rules are
+DeepSpeed does not gather a unit each time it runs: it keeps one that runs again soon (`Limits.reuse`), and one that its
+look-ahead found whole. So the bytes gathered depend on the order and the sizes of all units. The rules are
 those of `PartitionedParameterCoordinator` (deepspeed 0.19) once it has recorded the order of modules.
 """
 
@@ -14,12 +14,20 @@ from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.parameters import resampler as count_resampler
 
-PREFETCH = 50_000_000
-"""Elements that ZeRO-3 gathers ahead (`parallel.zero.deepspeed_config`)."""
-MAX_LIVE = 1_000_000_000
-"""Gathered elements up to which DeepSpeed looks ahead (its default)."""
-MAX_REUSE = 1_000_000_000
-"""Elements within which a unit that runs again is kept (its default)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Settings of DeepSpeed's `zero_optimization`, in elements; the defaults are those of a run."""
+
+    prefetch: int = 50_000_000
+    """`stage3_prefetch_bucket_size`: gathered ahead (`parallel.zero.deepspeed_config`)."""
+    live: int = 1_000_000_000
+    """`stage3_max_live_parameters`: whole elements up to which it looks ahead."""
+    reuse: int = 1_000_000_000
+    """`stage3_max_reuse_distance`: a unit that runs again within as many is kept."""
+
+
+DEFAULT = Limits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,9 @@ class _Use:
 
 
 @lru_cache(maxsize=256)
-def replay(model: FlamingoConfig, tp: int, *, partitioned: bool, checkpointing: bool) -> Gathers:
+def replay(
+    model: FlamingoConfig, tp: int, *, partitioned: bool, checkpointing: bool, limits: Limits = DEFAULT
+) -> Gathers:
     """Replay one forward and backward of a data set.
 
     Args:
@@ -54,9 +64,10 @@ def replay(model: FlamingoConfig, tp: int, *, partitioned: bool, checkpointing: 
         tp: tensor-parallel degree.
         partitioned: whether frozen weights are partitioned too.
         checkpointing: whether blocks are recomputed.
+        limits: DeepSpeed's settings.
     """
     forward, backward = _order(model, tp, partitioned=partitioned, checkpointing=checkpointing)
-    return _replay([*forward, *backward], head=len(forward) - 1)
+    return _replay([*forward, *backward], limits, head=len(forward) - 1)
 
 
 def _order(
@@ -89,7 +100,7 @@ def _order(
     return forward, [*backward, extra[0], *reversed(parts)]
 
 
-def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
+def _replay(order: Sequence[_Use], limits: Limits, *, head: int) -> Gathers:
     live: dict[str, int] = {}
     latest: dict[str, int] = defaultdict(lambda: -1)
     queue = deque(enumerate(order))
@@ -108,7 +119,7 @@ def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
         while queue and latest[use.unit] < step:
             place, ahead = queue.popleft()
             latest[ahead.unit] = place
-        room, ahead_size = min(MAX_LIVE - sum(live.values()), PREFETCH), 0
+        room, ahead_size = min(limits.live - sum(live.values()), limits.prefetch), 0
         while queue and ahead_size < room:
             place, ahead = queue.popleft()
             latest[ahead.unit] = max(latest[ahead.unit], place)
@@ -118,7 +129,8 @@ def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
             live_at_head = sum(live.values())
         elif step > head:
             live_in_blocks = max(live_in_blocks, sum(live.values()))
-        if latest[use.unit] <= step + 1 and not _runs_again(order, step + 1, use.unit, root=head + 1):
+        again = _runs_again(order, step + 1, use.unit, root=head + 1, reuse=limits.reuse)
+        if latest[use.unit] <= step + 1 and not again:
             live.pop(use.unit, None)
     return Gathers(
         frozen=gathered[True],
@@ -129,14 +141,14 @@ def _replay(order: Sequence[_Use], *, head: int) -> Gathers:
     )
 
 
-def _runs_again(order: Sequence[_Use], start: int, unit: str, *, root: int) -> bool:
-    """Return whether the unit runs within `MAX_REUSE` elements from `start` on.
+def _runs_again(order: Sequence[_Use], start: int, unit: str, *, root: int, reuse: int) -> bool:
+    """Return whether the unit runs within `reuse` elements from `start` on.
 
     DeepSpeed takes the network as a whole, whose backward begins at `root`, for a use of everything in it.
     """
     passed = 0
     for place, use in enumerate(order[start:], start):
-        if passed >= MAX_REUSE:
+        if passed >= reuse:
             return False
         if use.unit == unit or place == root:
             return True

@@ -8,7 +8,7 @@ whatever reads a value needs a stand-in; all of them are here:
 - DeepSpeed's gradient norm is valid: its check also asks whether the norm is below 0, and would be told True.
 - A mask selects all that it can (the loss mask all but the last position of a row): as the planner counts.
 - DeepSpeed compares lists of module numbers among ranks when it has recorded the order of modules; there is no other
-  rank to differ from.
+  rank to differ from, and the comparison, once a run, is not among the collectives.
 - `Module.to` and the like change buffers alone: torch would swap every fake parameter for another, which fails.
 - The implementations of attention and fused functions are the ones of a GPU, although the tensors say "cpu" (DeepSpeed
   without a GPU wants that): Triton's operators by their fake implementations, and no detour through fp32.

@@ -87,7 +87,7 @@ def build_model(
         model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
     fill_parameters(model, parameter_values(config, topology, seed))
     if parallel.frozen == "resident":
-        make_frozen_resident(model)
+        make_frozen_resident(model, dtype)
         model.to(world_device())
     return model
 
