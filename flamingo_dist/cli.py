@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `dryrun`, `recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +62,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return plan(arguments)
 
+    def dryrun(arguments: list[str]) -> int:
+        from jobs.dryrun import dryrun
+
+        return dryrun(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -77,6 +82,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
+        "dryrun": (dryrun, "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8"),
         "recipes": (recipes, "list the recipes"),
     }
 

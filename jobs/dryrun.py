@@ -2,9 +2,11 @@
 
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -54,7 +56,8 @@ def dryrun(arguments: Sequence[str]) -> int:
     work = workload(run)
     _hush()
     started = time.perf_counter()
-    followed = dry_run(work, run.train, topology)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints
+        followed = dry_run(work, run.train, topology)
     seconds = time.perf_counter() - started
     agreement = compare(followed, work, tp=topology.tensor, dp=topology.data)
     if given.json:
