@@ -24,6 +24,10 @@ from jobs.plan import workload
 from jobs.recipes import RECIPES
 
 
+WIDTH = 110
+"""Columns of the tables where the terminal has fewer, as logs have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DryRunArguments:
     """Arguments of `flamingo dryrun RECIPE` beside the run's own settings."""
@@ -126,31 +130,33 @@ def _show(
     run: RunConfig, topology: Topology, followed: Followed, agreement: Agreement, seconds: float
 ) -> None:
     console = Console()
+    console = Console(width=max(console.width, WIDTH))
+    peak = agreement.totals["memory"].dry
+    unit, name = (GIB, "GiB") if peak > GIB else (1 << 20, "MiB")
     layout = f"TP {topology.tensor} x DP {topology.data}, ZeRO {run.parallel.zero_stage}, {run.parallel.frozen}"
     title = f"{run.recipe}, rank {topology.rank} of {topology.world} ({layout}): run dry, nothing measured"
-    memory = _pairs_table(f"{title}\nGiB at the peak of a step", agreement.memory, GIB, ".3f")
-    _row(memory, "sum", agreement.totals["memory"], GIB, ".3f")
+    memory = _pairs_table(f"{title}\n{name} at the peak of a step", agreement.memory, unit)
+    _row(memory, "sum", agreement.totals["memory"], unit)
     console.print(memory)
-    traffic = _pairs_table("GB that the rank sends in a step", agreement.traffic, 1e9, ".3f")
-    console.print(traffic)
+    console.print(_pairs_table("GB that the rank sends in a step", agreement.traffic, 1e9))
     console.print(_collectives_table(followed))
     for line in agreement.disagreements():
         console.print(f"The planner is off by more than a tenth: {line}", highlight=False)
     console.print(f"Took {seconds:.0f} s here; building peaked at {followed.build_peak / GIB:.2f} GiB.")
 
 
-def _pairs_table(title: str, pairs: dict[str, Pair], unit: float, form: str) -> Table:
+def _pairs_table(title: str, pairs: dict[str, Pair], unit: float) -> Table:
     table = Table(title=title)
     for column in ("kind", "dry run", "planner", "planner off by"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for name, pair in pairs.items():
-        _row(table, name, pair, unit, form)
+        _row(table, name, pair, unit)
     return table
 
 
-def _row(table: Table, name: str, pair: Pair, unit: float, form: str) -> None:
+def _row(table: Table, name: str, pair: Pair, unit: float) -> None:
     off = f"{pair.off:+.1%}" if pair.dry else "-"
-    table.add_row(name, f"{pair.dry / unit:{form}}", f"{pair.planned / unit:{form}}", off)
+    table.add_row(name, f"{pair.dry / unit:.3f}", f"{pair.planned / unit:.3f}", off)
 
 
 def _collectives_table(followed: Followed) -> Table:

@@ -83,15 +83,13 @@ def fake_run(parallel: ParallelConfig, dtype: str, world: int, rank: int = 0) ->
 
 
 CASES = [
-    (stage, frozen, tensor, dtype, checkpointing)
-    for stage, frozen, dtype, checkpointing in [
-        (0, "resident", "fp32", False),
-        (1, "resident", "bf16", True),
-        (2, "resident", "fp32", False),
-        (3, "resident", "fp32", True),
-        (3, "partitioned", "bf16", True),
-    ]
-    for tensor in (1, 2)
+    (0, "resident", 2, "fp32", False),
+    (1, "resident", 1, "bf16", True),
+    (2, "resident", 2, "fp32", False),
+    (3, "resident", 1, "fp32", True),
+    (3, "resident", 2, "bf16", True),
+    (3, "partitioned", 1, "bf16", False),
+    (3, "partitioned", 2, "fp32", True),
 ]
 
 
