@@ -82,7 +82,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
-        "dryrun": (dryrun, "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8"),
+        "dryrun": (
+            dryrun,
+            "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8",
+        ),
         "recipes": (recipes, "list the recipes"),
     }
 

@@ -23,7 +23,6 @@ from jobs.config import RunConfig
 from jobs.plan import workload
 from jobs.recipes import RECIPES
 
-
 WIDTH = 110
 """Columns of the tables where the terminal has fewer, as logs have."""
 
@@ -133,7 +132,9 @@ def _show(
     console = Console(width=max(console.width, WIDTH))
     peak = agreement.totals["memory"].dry
     unit, name = (GIB, "GiB") if peak > GIB else (1 << 20, "MiB")
-    layout = f"TP {topology.tensor} x DP {topology.data}, ZeRO {run.parallel.zero_stage}, {run.parallel.frozen}"
+    layout = (
+        f"TP {topology.tensor} x DP {topology.data}, ZeRO {run.parallel.zero_stage}, {run.parallel.frozen}"
+    )
     title = f"{run.recipe}, rank {topology.rank} of {topology.world} ({layout}): run dry, nothing measured"
     memory = _pairs_table(f"{title}\n{name} at the peak of a step", agreement.memory, unit)
     _row(memory, "sum", agreement.totals["memory"], unit)

@@ -75,7 +75,9 @@ def compare(followed: Followed, work: Workload, *, tp: int, dp: int) -> Agreemen
     traffic = _pairs(sent, {kind: t.wire_bytes for kind, t in kinds.items()})
     totals = {"memory": _sum(memory.values())}
     for group in ("tensor", "data"):
-        totals[group] = _sum(p for kind, p in traffic.items() if (kind.startswith("tensor")) == (group == "tensor"))
+        totals[group] = _sum(
+            p for kind, p in traffic.items() if (kind.startswith("tensor")) == (group == "tensor")
+        )
     return Agreement(memory=memory, traffic=traffic, totals=totals)
 
 

@@ -22,6 +22,7 @@ from flamingo_dist.training.build import build_engine
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.step import StepResult, TrainStep
 
+
 @dataclass(frozen=True, kw_only=True)
 class Followed:
     """What one rank held and sent."""
@@ -130,7 +131,10 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
     for data in work.datasets:
         topology.check_batch(data.name, data.rows)
     dp = topology.data
-    selected = {(d.rows // dp, d.tokens): d.rows // dp * (d.tokens - 1) for d in work.datasets}
+    rows = {data.name: data.rows // dp for data in work.datasets}
+    selected: dict[tuple[int, ...], int] = {
+        (rows[d.name], d.tokens): rows[d.name] * (d.tokens - 1) for d in work.datasets
+    }
     with fake_rank(topology, selected, like_gpu=like_gpu), Ledger() as ledger:
         batches = {data.name: local_batch(data, work, dp) for data in work.datasets}
         for batch in batches.values():

@@ -38,7 +38,11 @@ SITES: dict[str, dict[str, str]] = {
     "flamingo_dist/models/flamingo.py": {"_encode_pixels": "vision_work", "_nll": "logits"},
     "deepspeed/runtime/zero/partition_parameters.py": {"": "gather_buffers"},
     "deepspeed/runtime/zero/stage3.py": {"": "reduce_buckets", "step": "update", "backward": "backward"},
-    "deepspeed/runtime/zero/stage_1_and_2.py": {"": "reduce_buckets", "step": "update", "backward": "backward"},
+    "deepspeed/runtime/zero/stage_1_and_2.py": {
+        "": "reduce_buckets",
+        "step": "update",
+        "backward": "backward",
+    },
     "deepspeed/runtime/engine.py": {"forward": "activations", "backward": "backward", "step": "update"},
 }
 GATHERS = ("_all_gather_dtype", "_all_gather_sequential")

@@ -139,6 +139,7 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     return {
         "kept": blocks + resampler_bytes(work, n_media, data.frames, tp),
         "block": working,
-        "logits": vocabulary * (12 + (2 if size == 2 else 0)),
+        # In fp32 the logits, their exponentials and the gradients of both.
+        "logits": vocabulary * 16,
         "vision": vision_bytes(work, n_media * data.frames) if data.pixels else 0.0,
     }

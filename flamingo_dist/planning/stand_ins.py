@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
@@ -37,7 +37,13 @@ from kernels import sdpa
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
-VIEWS = (aten.slice.Tensor, aten.view.default, aten.as_strided.default, aten.detach.default, aten.alias.default)
+VIEWS = (
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.as_strided.default,
+    aten.detach.default,
+    aten.alias.default,
+)
 
 READ_BACK = {torch.bool: True, torch.uint8: 0}
 

@@ -78,7 +78,8 @@ class TrainLoop:
         run: Mapping[str, Any],
         gates: Callable[[], Mapping[str, list[Tensor]]],
         probe: Callable[[], Record] | None = None,
-        utilisation: Callable[[Mapping[str, int], Mapping[str, int], float], Mapping[str, float]] | None = None,
+        utilisation: Callable[[Mapping[str, int], Mapping[str, int], float], Mapping[str, float]]
+        | None = None,
     ) -> None:
         """Prepare.
 

@@ -39,7 +39,17 @@ def test_json_has_memory_collectives_and_the_planner(capsys):
     ],
 )
 def test_the_large_recipes_agree_with_the_planner_at_full_size(capsys, recipe, world, tp, frozen):
-    arguments = ["dryrun", recipe, "--world", str(world), "--tp", str(tp), "--parallel.frozen", frozen, "--json"]
+    arguments = [
+        "dryrun",
+        recipe,
+        "--world",
+        str(world),
+        "--tp",
+        str(tp),
+        "--parallel.frozen",
+        frozen,
+        "--json",
+    ]
     assert main(arguments) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["disagreements"] == []

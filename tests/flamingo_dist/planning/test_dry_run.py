@@ -60,7 +60,9 @@ def real_batch(data: DatasetShape, work: Workload, dp: int) -> Any:
     mask = torch.ones_like(batch.loss_mask_BT)
     mask[:, 0] = False
     tokens = torch.randint(3, tiny.VOCAB, batch.tokens_BT.shape, generator=torch.Generator().manual_seed(1))
-    media = torch.randint(0, 256, batch.media.shape, generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    media = torch.randint(0, 256, batch.media.shape, generator=torch.Generator().manual_seed(2)).to(
+        torch.uint8
+    )
     filled = {"tokens_BT": tokens, "loss_mask_BT": mask, "media_index_BT": index, "media": media}
     return replace(batch, **filled, media_mask_BM=torch.ones_like(batch.media_mask_BM))
 
