@@ -6,7 +6,7 @@ values, `planning.ledger` counts what the rank holds and sends.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,7 +117,7 @@ def follow(
 
 
 def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu: bool = True) -> Followed:
-    """Build and step one rank of `topology` with fake tensors.
+    """Build and step one rank of `topology` with fake tensors. Published weights of the LM are not read.
 
     Args:
         work: network, batches and parallelism; its tensor degree must be the topology's.
@@ -128,9 +128,11 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
     Raises:
         ValueError: tensor parallelism does not divide the network, or the data-parallel ranks a batch.
     """
+    assert work.parallel.tensor == topology.tensor, "the run and the topology have one tensor degree"
     for data in work.datasets:
         topology.check_batch(data.name, data.rows)
     dp = topology.data
+    work = replace(work, model=replace(work.model, lm=replace(work.model.lm, weights=None)))
     rows = {data.name: data.rows // dp for data in work.datasets}
     selected: dict[tuple[int, ...], int] = {
         (rows[d.name], d.tokens): rows[d.name] * (d.tokens - 1) for d in work.datasets

@@ -122,6 +122,24 @@ def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, c
 
 
 @pytest.mark.distributed
+def test_packed_rows_of_stored_features_run_dry_on_any_rank():
+    parallel = ParallelConfig(tensor=2, activation_checkpointing=True)
+    packed = DatasetShape(name="packed", rows=8, tokens=24, media=3, frames=1, pixels=False, packed=True)
+    work = replace(work_of(parallel, "bf16"), datasets=(packed,))
+    runs = [
+        dry_run(work, tiny.train_config(dtype="bf16"), Topology(world=8, rank=rank, tensor=2)) for rank in (0, 7)
+    ]
+    first, last = (sum(run.peak.values()) for run in runs)
+    assert first == pytest.approx(last, rel=0.01)
+    assert runs[0].sent == runs[1].sent
+    assert "vision_work" not in runs[0].peak
+    kinds = by_purpose(runs[0].sent)
+    assert kinds["tensor_all_reduce"].wire_bytes == pytest.approx(
+        step_traffic(work, tp=2, dp=4, residency="resident")["tensor_all_reduce"].wire_bytes, rel=0.1
+    )
+
+
+@pytest.mark.distributed
 def test_resident_weights_move_no_byte_and_train_alike(ranks):
     """Measured on real ranks; tests/flamingo_dist/training/test_parity.py compares more layouts and the weights."""
     runs = {}
