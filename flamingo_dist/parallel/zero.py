@@ -113,18 +113,19 @@ def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Te
                         param.copy_(value_of(name, param))
 
 
-def make_frozen_resident(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn every frozen parameter of `model` into a non-persistent buffer of `dtype`.
+def make_frozen_resident(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn every frozen parameter of `model` into a non-persistent buffer, of `dtype` if one is given.
 
     ZeRO-3 partitions all parameters it sees and releases even "persistent" ones at every optimizer step, to
     gather them again; a buffer it never touches. So a resident frozen weight moves no byte, holds no gradient
-    by construction, and stays out of checkpoints. The dtype is the one that `zero.Init` gives partitioned weights:
-    megatron-core builds its norms in fp32 whatever it is told, and on bf16 inputs torch's fused norms refuse those.
+    by construction, and stays out of checkpoints. `zero.Init` gives partitioned weights the run's dtype, so the
+    frozen LM wants it here too: megatron-core builds its norms in fp32 whatever it is told, and on bf16 inputs torch's
+    fused norms refuse those.
     """
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             if not param.requires_grad:
-                value = param.detach().to(dtype)
+                value = param.detach().to(param.dtype if dtype is None else dtype)
                 for mark in ("flamingo_tag", "tensor_model_parallel", "partition_dim", "partition_stride"):
                     if hasattr(param, mark):
                         setattr(value, mark, getattr(param, mark))

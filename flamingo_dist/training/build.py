@@ -87,7 +87,8 @@ def build_model(
         model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
     fill_parameters(model, parameter_values(config, topology, seed))
     if parallel.frozen == "resident":
-        make_frozen_resident(model, dtype)
+        make_frozen_resident(model.lm, dtype)
+        make_frozen_resident(model)
         model.to(world_device())
     return model
 
