@@ -48,9 +48,18 @@ class Gathers:
 
 @dataclass(frozen=True)
 class _Use:
+    """One entry of DeepSpeed's record: a unit that is gathered, or a module around units, which is not."""
+
     unit: str
     size: int
-    frozen: bool
+    frozen: bool = False
+    around: frozenset[str] = frozenset()
+
+
+def _module(*units: _Use) -> list[_Use]:
+    """Return the entry of a module around `units`: DeepSpeed takes it for a use of all of them."""
+    distinct = {unit.unit: unit.size for unit in units if not unit.around}
+    return [_Use("", sum(distinct.values()), around=frozenset(distinct))]
 
 
 @lru_cache(maxsize=256)
@@ -81,34 +90,35 @@ def _order(
         return [_Use(name, size, True)] if partitioned else []
 
     def block(i: int) -> list[_Use]:
-        own = [_Use(f"gated {i}", counts.gated_block, False)] if i in gated else []
+        own = [_Use(f"gated {i}", counts.gated_block)] if i in gated else []
         return own + frozen(f"block {i}", counts.lm_block)
 
     whole = count_resampler(model.resampler, tp)
     layers = 1 if model.resampler.shared_feature_kv else model.resampler.depth
-    parts = [_Use(f"resampler {i}", whole // layers, False) for i in range(layers)]
-    table = counts.vocabulary // (1 if lm.tied else 2)
-    extra = _Use("extra", counts.extra // 2, False), _Use("extra head", counts.extra // 2, False)
-    head = [*frozen("table" if lm.tied else "head", table), extra[1]]
+    parts = [_Use(f"resampler {i}", whole // layers) for i in range(layers)]
+    size = counts.vocabulary // (1 if lm.tied else 2)
+    table, head_table = frozen("table", size), frozen("table" if lm.tied else "head table", size)
+    extra, extra_head = [_Use("extra", counts.extra // 2)], [_Use("extra head", counts.extra // 2)]
+    words = _module(*table, *head_table, *extra, *extra_head)
     blocks = [block(i) for i in range(lm.num_layers)]
-    forward = [*parts, *frozen("table", table), extra[0], *(use for part in blocks for use in part), *head]
-    backward = list(reversed(head))
+    forward = [*parts, *words, *table, *extra, *(use for part in blocks for use in part)]
+    forward += [*words, *head_table, *extra_head]
+    backward = [*_module(*forward), *words, *extra_head, *head_table]
     for part in reversed(blocks):
-        # The block's own backward gathers first, then its second forward runs, then the backwards.
-        backward += [*part[-1:], *part] if checkpointing else []
-        backward += reversed(part)
-    return forward, [*backward, extra[0], *reversed(parts)]
+        # A block's own backward gathers first; then its second forward runs, then the backward of what stands before.
+        backward += [*part[-1:], *part, *part[:-1]] if checkpointing else reversed(part)
+    return forward, [*backward, *words, *extra, *_module(*parts), *reversed(parts)]
 
 
 def _replay(order: Sequence[_Use], limits: Limits, *, head: int) -> Gathers:
     live: dict[str, int] = {}
     latest: dict[str, int] = defaultdict(lambda: -1)
-    queue = deque(enumerate(order))
+    queue = deque((place, use) for place, use in enumerate(order) if not use.around)
     gathered = {True: 0, False: 0}
     calls = live_at_head = live_in_blocks = 0
 
     def gather(use: _Use) -> int:
-        if use.unit in live:
+        if use.unit in live or use.around:
             return 0
         live[use.unit] = use.size
         gathered[use.frozen] += use.size
@@ -116,7 +126,7 @@ def _replay(order: Sequence[_Use], limits: Limits, *, head: int) -> Gathers:
 
     for step, use in enumerate(order):
         calls += bool(gather(use))
-        while queue and latest[use.unit] < step:
+        while queue and not use.around and latest[use.unit] < step:
             place, ahead = queue.popleft()
             latest[ahead.unit] = place
         room, ahead_size = min(limits.live - sum(live.values()), limits.prefetch), 0
@@ -129,7 +139,7 @@ def _replay(order: Sequence[_Use], limits: Limits, *, head: int) -> Gathers:
             live_at_head = sum(live.values())
         elif step > head:
             live_in_blocks = max(live_in_blocks, sum(live.values()))
-        again = _runs_again(order, step + 1, use.unit, root=head + 1, reuse=limits.reuse)
+        again = _runs_again(order, step + 1, use.unit, limits.reuse)
         if latest[use.unit] <= step + 1 and not again:
             live.pop(use.unit, None)
     return Gathers(
@@ -141,16 +151,13 @@ def _replay(order: Sequence[_Use], limits: Limits, *, head: int) -> Gathers:
     )
 
 
-def _runs_again(order: Sequence[_Use], start: int, unit: str, *, root: int, reuse: int) -> bool:
-    """Return whether the unit runs within `reuse` elements from `start` on.
-
-    DeepSpeed takes the network as a whole, whose backward begins at `root`, for a use of everything in it.
-    """
+def _runs_again(order: Sequence[_Use], start: int, unit: str, reuse: int) -> bool:
+    """Return whether the unit, or a module around it, runs within `reuse` elements from `start` on."""
     passed = 0
-    for place, use in enumerate(order[start:], start):
+    for use in order[start:]:
         if passed >= reuse:
             return False
-        if use.unit == unit or place == root:
+        if use.unit == unit or unit in use.around:
             return True
         passed += use.size
     return False

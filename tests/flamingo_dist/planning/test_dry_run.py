@@ -18,7 +18,7 @@ from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import DatasetShape, Workload
 from tests import tiny
 
-LIMITS = Limits(prefetch=3_000, live=60_000, reuse=20_000)
+LIMITS = Limits(prefetch=6_000, live=40_000, reuse=20_000)
 """As small beside the tiny network as the real ones are beside the large."""
 BUCKET = 4_000
 """Elements of a bucket of gradients; at its real size it would be all that a tiny rank holds."""
@@ -30,7 +30,7 @@ DATASETS = (
 
 def work_of(parallel: ParallelConfig, dtype: str) -> Workload:
     size = 4 if dtype == "fp32" else 2
-    model = tiny.network(layers=6, every=2, gate_init=0.5)
+    model = tiny.network(layers=4, every=2, gate_init=0.5)
     # Two images at once, so that data sets differ in how often the encoder runs.
     model = replace(model, vision_batch=4)
     return Workload(model=model, datasets=DATASETS, parallel=parallel, bytes_per_value=size)
@@ -104,7 +104,7 @@ def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, c
     world = 2 * tensor
     real, _ = ranks.run(real_run, parallel, dtype, world=world, tensor=tensor)[0]
     fake = fake_run(parallel, dtype, world)
-    assert sum(fake.peak.values()) == pytest.approx(sum(real.peak.values()), rel=0.1)
+    assert sum(fake.peak.values()) == pytest.approx(sum(real.peak.values()), rel=0.01)
     for kind in ("frozen", "trainable", "optimizer", "vision"):
         assert fake.peak.get(kind, 0) == real.peak.get(kind, 0), kind
     # All but the counts, flags and norms, of which DeepSpeed's comparison of module numbers is left out.
@@ -156,4 +156,4 @@ def test_resident_weights_move_no_byte_and_train_alike(ranks):
         for kind, elements in (("trainable_gather", gathers.trainable), ("frozen_gather", gathers.frozen)):
             if elements:
                 formula = len(DATASETS) * 4 * elements
-                assert sent[kind].payload_bytes == pytest.approx(formula, rel=0.1), (name, kind)
+                assert sent[kind].payload_bytes == pytest.approx(formula, rel=0.05), (name, kind)
