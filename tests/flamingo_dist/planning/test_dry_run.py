@@ -127,7 +127,8 @@ def test_packed_rows_of_stored_features_run_dry_on_any_rank():
     packed = DatasetShape(name="packed", rows=8, tokens=24, media=3, frames=1, pixels=False, packed=True)
     work = replace(work_of(parallel, "bf16"), datasets=(packed,))
     runs = [
-        dry_run(work, tiny.train_config(dtype="bf16"), Topology(world=8, rank=rank, tensor=2)) for rank in (0, 7)
+        dry_run(work, tiny.train_config(dtype="bf16"), Topology(world=8, rank=rank, tensor=2))
+        for rank in (0, 7)
     ]
     first, last = (sum(run.peak.values()) for run in runs)
     assert first == pytest.approx(last, rel=0.01)
