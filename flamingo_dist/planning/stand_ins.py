@@ -45,6 +45,7 @@ VIEWS = (
     aten.alias.default,
 )
 
+composite_rms_norm = F.rms_norm
 READ_BACK = {torch.bool: True, torch.uint8: 0}
 
 
@@ -203,6 +204,8 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """Stand in for `torch.nn.functional.rms_norm` of x [..., D], as on a GPU."""
+    """Stand in for `torch.nn.functional.rms_norm` of x [..., D], as on a GPU: fused where the dtypes agree."""
+    if weight is not None and weight.dtype != x.dtype:
+        return composite_rms_norm(x, shape, weight, eps)
     result: Tensor = _FusedRMSNorm.apply(x, weight)
     return result
