@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `export`, `import`, `recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `dryrun`, `doctor`, `export`, ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -72,6 +72,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return import_command(arguments)
 
+    def dryrun(arguments: list[str]) -> int:
+        from jobs.dryrun import dryrun
+
+        return dryrun(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -92,6 +97,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
             "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]",
         ),
         "import": (import_, "read an IDEFICS or OpenFlamingo checkpoint: flamingo import SOURCE FOLDER"),
+        "dryrun": (
+            dryrun,
+            "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8",
+        ),
         "recipes": (recipes, "list the recipes"),
     }
 

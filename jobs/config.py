@@ -63,6 +63,9 @@ class ResourceConfig:
     """Threads of torch's CPU operators in a training process."""
     use_gpu: bool = False
     """Give each training process one GPU and use NCCL; otherwise gloo on CPUs."""
+    peak_tflops: float | None = None
+    """Dense matrix peak of one training process's device in the run's dtype, TFLOP/s, which MFU is a share of. None is
+    the data sheet's of a known GPU; on a CPU the speed of a product that all processes run at once at the start."""
     max_failures: int = 0
     """Times that the training processes are started again from the last checkpoint after one of them died."""
 
@@ -73,6 +76,8 @@ class ResourceConfig:
                 f"resources.workers={self.workers} and threads_per_worker={self.threads_per_worker} must be at "
                 f"least 1, max_failures={self.max_failures} not negative."
             )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"resources.peak_tflops={self.peak_tflops} must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)

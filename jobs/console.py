@@ -47,6 +47,10 @@ class Figures:
         self.loss: dict[str, float] = {}
         """Running mean of the loss of each data set, nats a token; the bare value while it is not finite."""
         self.tokens_per_second = math.nan
+        self.useful_mfu = math.nan
+        """Needed operations a second over the peak."""
+        self.hfu = math.nan
+        """Operations a second that ran, over the peak."""
         self.seconds_per_step = math.nan
         self.data_share = math.nan
         """Share of the step time spent waiting for data."""
@@ -67,6 +71,8 @@ class Figures:
             {name: self._mean(f"loss.{name}", _number(value)) for name, value in record["loss"].items()}
         )
         self.tokens_per_second = self._mean("tokens", record.get("tokens_per_second"))
+        self.useful_mfu = self._mean("useful_mfu", record.get("useful_mfu"))
+        self.hfu = self._mean("hfu", record.get("hfu"))
         whole, data = self._mean("step", seconds.get("step")), self._mean("data", seconds.get("data"))
         self.seconds_per_step = whole
         self.data_share = data / whole if whole > 0 else math.nan
@@ -87,6 +93,8 @@ class Figures:
         cells = [
             ("loss", "  ".join(f"{name} {value:.4f}" for name, value in self.loss.items())),
             ("tokens/s", _text("{:,.0f}", self.tokens_per_second)),
+            ("useful MFU", _text("{:.1%}", self.useful_mfu)),
+            ("HFU", _text("{:.1%}", self.hfu)),
             ("step", _text("{:.2f} s", self.seconds_per_step)),
             ("data wait", _text("{:.1%}", self.data_share)),
             ("gates", gates),

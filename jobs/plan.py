@@ -59,6 +59,7 @@ def workload(run: RunConfig) -> Workload:
             media=d.max_media * d.pack,
             frames=d.frames,
             pixels=d.media == "pixels",
+            packed=d.pack > 1,
         )
         for d in run.data.train.values()
     )

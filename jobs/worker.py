@@ -27,6 +27,7 @@ from jobs.errors import ERRORS_OF_ALL_RANKS
 from jobs.held_out import HeldOut
 from jobs.metrics import MetricsFile
 from jobs.pictures import PictureBook
+from jobs.utilisation import agree_on_peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +136,21 @@ def train_process(task: WorkerTask) -> TrainOutcome:
     run_dir = Path(task.run_dir)
     held_out = HeldOut(engine, config, topology, device, PictureBook(task.pictures))
     is_first = topology.rank == 0
+    metrics = MetricsFile(run_dir / "metrics.jsonl") if is_first else None
+    utilisation, peak = agree_on_peak(config, topology, device)
+    if metrics is not None:
+        metrics.append({"kind": "peak", "tflops": peak.flops / 1e12, "source": peak.source})
     loop = TrainLoop(
         step,
         FeedSource(task.feeds[topology.data_rank, topology.tensor_rank], device),
-        RunObserver(
-            MetricsFile(run_dir / "metrics.jsonl") if is_first else None, task.control, is_first=is_first
-        ),
+        RunObserver(metrics, task.control, is_first=is_first),
         config=config.train,
         topology=topology,
         checkpoints=run_dir / "checkpoints",
         run=config.identity(),
         gates=engine.module.gate_values,
         probe=held_out.probe if config.data.held_out else None,
+        utilisation=utilisation.of_step,
     )
     outcome = loop.run(task.resume)
     if outcome.status == "finished" and config.captions.dataset:

@@ -251,7 +251,9 @@ class Flamingo(nn.Module):
             slots_N = slots_N.new_zeros(1)
         chosen = media.flatten(0, 1)[slots_N]
         features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
-        latents_NRE = self.resampler(features_NFSC.to(self.dtype))
+        # By the same name: the encoder's fp32 features would else stand beside all that the resampler keeps.
+        features_NFSC = features_NFSC.to(self.dtype)
+        latents_NRE = self.resampler(features_NFSC)
         batch, num_media = media_mask_BM.shape
         full = latents_NRE.new_zeros(batch * num_media, *latents_NRE.shape[1:])
         return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))

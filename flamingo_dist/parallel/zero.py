@@ -113,17 +113,19 @@ def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Te
                         param.copy_(value_of(name, param))
 
 
-def make_frozen_resident(model: nn.Module) -> None:
-    """Turn every frozen parameter of `model` into a non-persistent buffer.
+def make_frozen_resident(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn every frozen parameter of `model` into a non-persistent buffer, of `dtype` if one is given.
 
     ZeRO-3 partitions all parameters it sees and releases even "persistent" ones at every optimizer step, to
     gather them again; a buffer it never touches. So a resident frozen weight moves no byte, holds no gradient
-    by construction, and stays out of checkpoints.
+    by construction, and stays out of checkpoints. `zero.Init` gives partitioned weights the run's dtype, so the
+    frozen LM wants it here too: megatron-core builds its norms in fp32 whatever it is told, and on bf16 inputs torch's
+    fused norms refuse those.
     """
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             if not param.requires_grad:
-                value = param.detach()
+                value = param.detach().to(param.dtype if dtype is None else dtype)
                 for mark in ("flamingo_tag", "tensor_model_parallel", "partition_dim", "partition_stride"):
                     if hasattr(param, mark):
                         setattr(value, mark, getattr(param, mark))
@@ -152,7 +154,22 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, mpu=MegatronMPU(), dist_init_required=False
     )
+    if config["zero_optimization"]["stage"] == 3:
+        _unhook_without_parameters(model)
     return engine
+
+
+def _unhook_without_parameters(model: nn.Module) -> None:
+    """Take ZeRO-3's hooks off modules that hold no parameter.
+
+    ZeRO-3 prefetches, and keeps what runs again soon, only while modules run in the order that it has recorded. The
+    vision encoder runs once a sub-batch of frames, so that data sets with other numbers of frames broke the record in
+    every step, and the weights of a step were gathered almost twice. It has buffers alone, as resident blocks have.
+    """
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
 
 
 @contextmanager

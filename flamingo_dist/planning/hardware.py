@@ -74,6 +74,17 @@ GPUS = {
 }
 
 
+def gpu_of(device_name: str) -> GPU | None:
+    """Return the data sheet of the GPU that the driver calls `device_name`, None if there is none here.
+
+    The sheets are those of SXM modules. A100s of both kinds have one peak; the other H100s (PCIe, NVL) do less.
+    """
+    name = device_name.lower()
+    if "h100" in name and ("pcie" in name or "nvl" in name):
+        return None
+    return next((gpu for key, gpu in GPUS.items() if all(part in name for part in key.split("-"))), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """What turns arithmetic into seconds. Assumed, not measured; the order of layouts depends on them."""

@@ -2,21 +2,18 @@
 
 from typing import Literal
 
+from flamingo_dist.planning.gathers import replay
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.vision import vision_working_bytes
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
 Residency = Literal["resident", "partitioned"]
 REDUCE_BUCKET = 50_000_000
-"""Elements of a bucket of gradients (`parallel.zero.deepspeed_config`); two are in flight."""
-PREFETCH = 50_000_000
-"""Elements that ZeRO-3 gathers ahead."""
-MAX_LIVE = 1_000_000_000
-"""Gathered elements that DeepSpeed keeps by default before it releases."""
+"""Elements of the bucket that ZeRO 2 and 3 collect gradients in, always whole (`parallel.zero.deepspeed_config`)."""
 
 
 def state_memory(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, float]:
-    """Return the bytes of weights, gradients, optimizer state and ZeRO's buffers.
+    """Return the bytes of weights, gradients, optimizer state, ZeRO's bucket and the batches.
 
     ZeRO's padding of each parameter to a multiple of the ranks is left out.
 
@@ -30,19 +27,42 @@ def state_memory(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
     trainable = counts.trainable
     vision_size = work.model.vision.torch_dtype.itemsize
     plain = stage == 0 and size == 4  # torch's optimizer on the parameters themselves, no master copy
-    managed = trainable + (counts.frozen_lm if residency == "partitioned" else 0)
-    unit = max(counts.gated_block, counts.resampler if work.model.resampler.shared_feature_kv else 0)
-    if residency == "partitioned":
-        unit = max(unit, counts.lm_block, counts.vocabulary)
-    gathered = max(unit + PREFETCH, MAX_LIVE)
     return {
         "vision": float(counts.vision * vision_size),
         "frozen": counts.frozen_lm * size / (dp if residency == "partitioned" else 1),
         "trainable": trainable * size / (dp if stage == 3 else 1),
         "gradients": trainable * 4 / (dp if stage >= 2 else 1),
         "optimizer": trainable * (8 if plain else 12) / (dp if stage >= 1 else 1),
-        "gather_buffers": float(min(gathered, managed) * size) if stage == 3 and dp > 1 else 0.0,
-        "reduce_buckets": float(2 * min(REDUCE_BUCKET, trainable) * 4) if dp > 1 else 0.0,
+        "reduce_buckets": float(REDUCE_BUCKET * 4) if stage >= 2 else 0.0,
+        "batches": float(sum(batch_bytes(work, data, dp) for data in work.datasets)),
+    }
+
+
+def batch_bytes(work: Workload, data: DatasetShape, dp: int) -> float:
+    """Return the bytes of one rank's batch: media, and tokens, media index and masks."""
+    vision = work.model.vision
+    frame = 3 * vision.image_size**2 if data.pixels else 2 * vision.num_features * vision.width
+    return data.rows / dp * (data.media * (data.frames * frame + 1) + data.tokens * (13 + 4 * data.packed))
+
+
+def gathered_bytes(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, float]:
+    """Return the bytes of weights that ZeRO-3 holds whole, in the phases of `activation_memory`.
+
+    Args:
+        work: the run.
+        tp: tensor-parallel degree.
+        dp: data-parallel degree.
+        residency: where frozen weights live.
+    """
+    if work.parallel.zero_stage < 3 or dp == 1:
+        return {"vision": 0.0, "logits": 0.0, "block": 0.0}
+    again, partitioned = work.parallel.activation_checkpointing, residency == "partitioned"
+    gathers = replay(work.model, tp, partitioned=partitioned, checkpointing=again)
+    size = work.bytes_per_value
+    return {
+        "vision": 0.0,
+        "logits": float(gathers.live_at_head * size),
+        "block": float(gathers.live_in_blocks * size),
     }
 
 
@@ -90,8 +110,8 @@ def vision_bytes(work: Workload, frames: int) -> float:
 def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -> dict[str, float]:
     """Return the activation bytes of one data set's forward and backward on one rank.
 
-    `kept` stands from the forward to the backward. Of `vision`, `logits` and `block` (the working set of the
-    block that the backward is in) only the largest counts at the peak: they follow one another.
+    `kept` stands from the forward to the backward. `vision`, `logits` and `block` (the working set of the block that
+    the backward is in) follow one another; while the encoder runs, there is nothing kept yet.
 
     Args:
         work: the run.
@@ -115,6 +135,7 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     return {
         "kept": blocks + resampler_bytes(work, n_media, data.frames, tp),
         "block": working,
-        "logits": vocabulary * (12 + (2 if size == 2 else 0)),
+        # In fp32 the logits, their exponentials and the gradients of both.
+        "logits": vocabulary * 16,
         "vision": vision_bytes(work, n_media * data.frames) if data.pixels else 0.0,
     }

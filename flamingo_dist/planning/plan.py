@@ -6,7 +6,7 @@ from typing import Any
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.planning.flops import step_flops
 from flamingo_dist.planning.hardware import GIB, Assumptions
-from flamingo_dist.planning.memory import Residency, activation_memory, state_memory
+from flamingo_dist.planning.memory import Residency, activation_memory, gathered_bytes, state_memory
 from flamingo_dist.planning.seconds import Machine, link_bytes, step_seconds
 from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import Workload
@@ -39,7 +39,7 @@ class Layout:
     memory: dict[str, float]
     """GiB by kind; adds up to `memory_gib`."""
     transient: dict[str, float]
-    """GiB of what follows one another; the largest is `memory`'s `transient`."""
+    """GiB of what follows one another; one of them is `memory`'s `transient`: that of the phase with the peak."""
     seconds: dict[str, float]
     """Seconds by part; adds up to `step_seconds`."""
     traffic: dict[str, dict[str, float]]
@@ -155,7 +155,7 @@ def _layout(
 def rank_memory(
     work: Workload, assumptions: Assumptions, *, tp: int, dp: int, residency: Residency
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the peak GiB of one rank by kind, and the transients of which the largest counts.
+    """Return the peak GiB of one rank by kind, and the transients of its phases, of which one counts.
 
     Args:
         work: the run.
@@ -165,13 +165,13 @@ def rank_memory(
         residency: where frozen weights live.
     """
     memory = state_memory(work, tp=tp, dp=dp, residency=residency)
-    # Data sets follow one another; the peak is that of the largest.
+    gathered = gathered_bytes(work, tp=tp, dp=dp, residency=residency)
+    # Data sets follow one another, and in each the phases; the peak is that of the largest.
     sets = [activation_memory(work, data, tp=tp, dp=dp) for data in work.datasets]
-    names = ("vision", "logits", "block")
-    largest = max(sets, key=lambda s: s["kept"] + max(s[n] for n in names))
-    transient = {name: largest[name] / GIB for name in names}
-    memory["activations"] = largest["kept"]
-    memory["transient"] = max(largest[n] for n in names)
+    moments = [(phase, s["kept"] * (phase != "vision"), s) for s in sets for phase in gathered]
+    phase, kept, largest = max(moments, key=lambda m: m[1] + m[2][m[0]] + gathered[m[0]])
+    transient = {name: largest[name] / GIB for name in gathered}
+    memory |= {"gather_buffers": gathered[phase], "activations": kept, "transient": largest[phase]}
     in_gib = {name: value / GIB for name, value in memory.items()}
     in_gib["reserve"] = assumptions.reserve_gib + assumptions.fragmentation * sum(in_gib.values())
     return in_gib, transient

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
-from flamingo_dist.planning.memory import Residency
+from flamingo_dist.planning.gathers import replay
+from flamingo_dist.planning.memory import REDUCE_BUCKET, Residency
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.workload import DatasetShape, Workload
+
+GROUPS = 3
+"""Parameter groups of the optimizer (`training.optimizer`): ZeRO 1 and 2 gather the weights of each after an update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,8 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
 def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, Traffic]:
     """Return a step's traffic by kind.
 
-    Every data set has its own forward and backward: ZeRO-3 gathers weights for each, once more where a block is
-    recomputed, and ZeRO 2 and 3 reduce gradients, in fp32, for each.
+    Every data set has its own forward and backward: ZeRO-3 gathers weights for each (`planning.gathers`), and ZeRO 2
+    and 3 reduce gradients, in fp32, for each.
 
     Args:
         work: the run.
@@ -52,9 +56,6 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
     """
     counts, size, stage = count_parameters(work.model, tp), work.bytes_per_value, work.parallel.zero_stage
     sets, share = len(work.datasets), (dp - 1) / dp
-    again = 1 if work.parallel.activation_checkpointing else 0
-    layers, gated = work.model.lm.num_layers, len(work.model.gated_positions())
-    units = gated + work.model.resampler.depth + 4
     kinds: dict[str, Traffic] = {}
     if tp > 1:
         pairs = [_tensor(work, data, tp, dp) for data in work.datasets]
@@ -64,24 +65,23 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
         )
     if dp == 1:
         return kinds
-    reductions = sets if stage >= 2 else 1
-    ring = 2 if stage == 0 else 1
+    # ZeRO 3 scatters the sums; the lower stages of DeepSpeed 0.19 sum whole buckets, also where a rank keeps a part.
+    reductions, ring = (sets if stage >= 2 else 1), (1 if stage == 3 else 2)
+    buckets = 1 + counts.trainable // REDUCE_BUCKET
     kinds["gradient_reduce"] = Traffic(
-        group="data", wire_bytes=ring * reductions * share * 4 * counts.trainable, calls=reductions * units
+        group="data", wire_bytes=ring * reductions * share * 4 * counts.trainable, calls=reductions * buckets
     )
-    if stage == 3:
-        values = (2 + again) * counts.gated + 2 * (counts.resampler + counts.extra)
+    if stage in (1, 2):
         kinds["trainable_gather"] = Traffic(
-            group="data", wire_bytes=sets * share * size * values, calls=sets * (2 + again) * units
+            group="data", wire_bytes=share * size * counts.trainable, calls=GROUPS
         )
-    elif stage > 0:
-        kinds["trainable_gather"] = Traffic(
-            group="data", wire_bytes=share * size * counts.trainable, calls=units
-        )
-    if residency == "partitioned":
-        uses = 3 if work.model.lm.tied else 1.5  # embedding, head, head's backward; halves where apart
-        values_frozen = (2 + again) * counts.lm_blocks + uses * counts.vocabulary
-        kinds["frozen_gather"] = Traffic(
-            group="data", wire_bytes=sets * share * size * values_frozen, calls=sets * (2 + again) * layers
-        )
+    if stage < 3:
+        return kinds
+    again, partitioned = work.parallel.activation_checkpointing, residency == "partitioned"
+    gathers = replay(work.model, tp, partitioned=partitioned, checkpointing=again)
+    values = {"trainable_gather": gathers.trainable, "frozen_gather": gathers.frozen}
+    for kind, value in values.items():
+        if value:
+            calls = round(sets * gathers.calls * value / sum(values.values()))
+            kinds[kind] = Traffic(group="data", wire_bytes=sets * share * size * value, calls=calls)
     return kinds

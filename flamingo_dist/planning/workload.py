@@ -22,6 +22,8 @@ class DatasetShape:
     """F, frames a medium."""
     pixels: bool = True
     """Whether the vision encoder runs; False where features are stored."""
+    packed: bool = False
+    """Whether a row holds several samples, which do not attend to one another."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,10 @@ class TrainBatch:
         """Return how many tokens carry loss."""
         return int(self.loss_mask_BT.sum())
 
+    def num_media(self) -> int:
+        """Return how many media there are."""
+        return int(self.media_mask_BM.sum())
+
     def num_tokens(self) -> int:
         """Return how many text tokens there are up to the last of each row that carries loss."""
         positions = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)

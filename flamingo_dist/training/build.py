@@ -84,6 +84,7 @@ def build_model(
         values = folder.values(values)
     fill_parameters(model, values)
     if parallel.frozen == "resident":
+        make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)
         model.to(world_device())
     return model

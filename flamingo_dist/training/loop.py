@@ -79,6 +79,8 @@ class TrainLoop:
         run: Mapping[str, Any],
         gates: Callable[[], Mapping[str, list[Tensor]]],
         probe: Callable[[], Record] | None = None,
+        utilisation: Callable[[Mapping[str, int], Mapping[str, int], float], Mapping[str, float]]
+        | None = None,
     ) -> None:
         """Prepare.
 
@@ -92,11 +94,13 @@ class TrainLoop:
             run: what a resume must find equal, plain JSON.
             gates: gives tanh of the gates by kind, one tensor per gated block.
             probe: runs the grounding probe on all ranks together and returns its record.
+            utilisation: gives shares of the machine's peak, to be recorded, from a step's loss tokens and media by
+                data set and its seconds.
         """
         self.step, self.source, self.observer = step, source, observer
         self.config, self.topology = config, topology
         self.checkpoints, self.run_description = checkpoints, run
-        self.gates, self.probe = gates, probe
+        self.gates, self.probe, self.utilisation = gates, probe, utilisation
         self.writer = CheckpointWriter(checkpoints, topology, keep=config.keep_checkpoints)
 
     def resume(self, wanted: str | None) -> int | None:
@@ -184,6 +188,7 @@ class TrainLoop:
 
     def _record(self, result: StepResult, data: float, checkpoint: float, total: float) -> Record:
         """Return the metrics record of a step, see docs/architecture.md."""
+        used = {} if self.utilisation is None else self.utilisation(result.loss_tokens, result.media, total)
         return {
             "kind": "step",
             "step": result.step,
@@ -198,6 +203,7 @@ class TrainLoop:
             },
             "seconds": {"data": data, **result.seconds, "checkpoint": checkpoint, "step": total},
             "tokens_per_second": result.tokens / total,
+            **used,
             "skipped": int(not result.applied),
             "bad_samples": result.bad_samples,
         }

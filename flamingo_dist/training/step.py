@@ -36,6 +36,8 @@ class StepResult:
     """Mean loss per loss token by data set, nats."""
     loss_tokens: Mapping[str, int]
     """Tokens that carried loss, by data set, over all ranks."""
+    media: Mapping[str, int]
+    """Media that the batches held, by data set, over all data-parallel ranks."""
     tokens: int
     """Text tokens, padding left out, over all data sets and ranks."""
     grad_norm: float
@@ -120,6 +122,7 @@ class TrainStep:
             step=step,
             loss={n: float(s) / max(1, t) for n, s, t in zip(names, summed, totals.loss_tokens, strict=True)},
             loss_tokens=dict(zip(names, totals.loss_tokens, strict=True)),
+            media=dict(zip(names, totals.media, strict=True)),
             tokens=totals.tokens,
             grad_norm=grad_norm,
             lr=lr,
@@ -139,11 +142,12 @@ class TrainStep:
         return weight(step) if callable(weight) else weight
 
     def _global_counts(self, batches: Sequence[TrainBatch], stop: bool, bad_samples: int) -> "_Totals":
-        """Sum token and bad-sample counts over the data-parallel ranks, and the wish to stop with them.
+        """Sum token, media and bad-sample counts over the data-parallel ranks, and the wish to stop with them.
 
         The wish is summed over the whole world: tensor-parallel peers may get a signal at different times.
         """
-        local = [b.num_loss_tokens() for b in batches] + [b.num_tokens() for b in batches] + [bad_samples]
+        local = [b.num_loss_tokens() for b in batches] + [b.num_media() for b in batches]
+        local += [sum(b.num_tokens() for b in batches), bad_samples]
         if self.topology.tensor_rank != 0:
             local = [0] * len(local)
         counts = torch.tensor([*local, int(stop)], dtype=torch.int64, device=batches[0].tokens_BT.device)
@@ -151,7 +155,8 @@ class TrainStep:
         values = counts.tolist()
         return _Totals(
             loss_tokens=values[: len(batches)],
-            tokens=sum(values[len(batches) : -2]),
+            media=values[len(batches) : -3],
+            tokens=values[-3],
             sequences=[b.num_sequences() * self.topology.data for b in batches],
             bad_samples=values[-2],
             stop=values[-1] > 0,
@@ -221,6 +226,7 @@ class TrainStep:
 @dataclass(frozen=True, kw_only=True)
 class _Totals:
     loss_tokens: list[int]
+    media: list[int]
     tokens: int
     sequences: list[int]
     bad_samples: int

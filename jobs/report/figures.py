@@ -127,14 +127,21 @@ def candidates(run: Run) -> str | None:
 
 
 def speed(run: Run) -> str | None:
-    """Draw tokens a second, and where the time of a step goes."""
+    """Draw tokens a second, where the time of a step goes, and the share of the machine's peak."""
     # The first step pays for start-up and would set the scale for all others.
     steps = [step for step in run.steps[1:] if step.get("seconds", {}).get("step")]
     if not steps:
         return None
     with style():
-        chart = Chart(2, columns=2, height=2.8)
-        left, right = chart.axes
+        used = {"useful MFU": _points(steps, "useful_mfu"), "HFU": _points(steps, "hfu")}
+        chart = Chart(3 if used["HFU"] else 2, columns=2, height=2.8)
+        left, right, *rest = chart.axes
+        for axes in rest:
+            for place, (label, points) in enumerate(used.items()):
+                _raw_and_smooth(axes, points, colour(place), label=label)
+            axes.set(title="share of the peak", xlabel="step")
+            axes.set_ylim(bottom=0)
+            axes.legend()
         _raw_and_smooth(left, _points(steps, "tokens_per_second"), colour(0))
         left.set(title="tokens a second", xlabel="step")
         left.set_ylim(bottom=0)

@@ -102,12 +102,21 @@ def _key(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     found += [
         ("tokens a second", _formatted("{:,.0f}", summary["tokens_per_second"])),
+        (_of_peak("useful MFU", summary), _formatted("{:.1%}", summary["useful_mfu"])),
+        (_of_peak("HFU", summary), _formatted("{:.1%}", summary["hfu"])),
         ("data wait", _formatted("{:.1%}", summary["data_wait_share"])),
         ("checkpoint stall", _formatted("{:.1%}", summary["checkpoint_stall_share"])),
         ("skipped steps", str(summary["skipped_steps"])),
         ("bad samples", str(summary["bad_samples"])),
     ]
     return [(label, text) for label, text in found if text is not None]
+
+
+def _of_peak(label: str, summary: dict[str, Any]) -> str:
+    """Say of what peak an MFU is a share."""
+    if summary["peak_tflops"] is None:
+        return label
+    return f"{label} (of {summary['peak_tflops']:.3g} TFLOP/s, {summary['peak_source']})"
 
 
 def _formatted(form: str, value: float | None) -> str | None:

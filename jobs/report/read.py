@@ -23,6 +23,8 @@ class Run:
     """"step" objects of metrics.jsonl in the order of steps, each step once."""
     probes: list[dict[str, Any]] = field(default_factory=list)
     """"probe" objects of metrics.jsonl in the order of steps, each step once."""
+    peak: dict[str, Any] = field(default_factory=dict)
+    """Newest "peak" object of metrics.jsonl: what MFU is a share of."""
     phases: dict[str, float] = field(default_factory=dict)
     """phases.json: seconds of each phase."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -60,6 +62,7 @@ def read_run(folder: Path | str) -> Run:
         environment=_read_json(folder / "environment.json") or {},
         steps=_last_of_each_step(metrics, "step"),
         probes=_last_of_each_step(metrics, "probe"),
+        peak=next((record for record in reversed(metrics) if record.get("kind") == "peak"), {}),
         phases=_read_json(folder / "phases.json") or {},
         samples=_read_json(folder / "samples.json") or [],
         quarantine=quarantine,

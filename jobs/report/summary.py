@@ -61,7 +61,11 @@ def summarise(run: Run) -> dict[str, Any]:
         or None,
         "step_0_minus_bare_lm_nats": _untrained_difference(run),
         "candidates": _latest(run.probes, "candidates") or None,
-        "tokens_per_second": _mean_rate(settled),
+        "tokens_per_second": _mean_rate(settled, "tokens_per_second"),
+        "useful_mfu": _mean_rate(settled, "useful_mfu"),
+        "hfu": _mean_rate(settled, "hfu"),
+        "peak_tflops": run.peak.get("tflops"),
+        "peak_source": run.peak.get("source"),
         "data_wait_share": _share(settled, "data"),
         "checkpoint_stall_share": _share(settled, "checkpoint"),
         "seconds": run.phases or None,
@@ -105,12 +109,12 @@ def _final_mean(run: Run) -> dict[str, float] | None:
     return means or None
 
 
-def _mean_rate(steps: list[dict[str, Any]]) -> float | None:
-    """Tokens a second over the whole time: the steps' rates weighted by their seconds."""
+def _mean_rate(steps: list[dict[str, Any]], rate: str) -> float | None:
+    """Mean of a rate over the whole time: the steps' rates weighted by their seconds."""
     timed = [
-        (step["tokens_per_second"], step["seconds"]["step"])
+        (step[rate], step["seconds"]["step"])
         for step in steps
-        if step.get("tokens_per_second") is not None and step.get("seconds", {}).get("step")
+        if step.get(rate) is not None and step.get("seconds", {}).get("step")
     ]
     seconds = sum(duration for _, duration in timed)
     return sum(rate * duration for rate, duration in timed) / seconds if seconds else None

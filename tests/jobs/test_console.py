@@ -50,6 +50,15 @@ def test_plain_lines_come_at_the_start_at_intervals_and_at_the_end() -> None:
     assert "\x1b" not in stream.getvalue(), "no escape codes in a log"
 
 
+def test_mfu_and_hfu_stand_side_by_side_where_a_run_reports_them() -> None:
+    figures = Figures(10)
+    figures.update(step(0, useful_mfu=0.31, hfu=0.42))
+    assert {("useful MFU", "31.0%"), ("HFU", "42.0%")} <= set(figures.cells())
+    figures = Figures(10)
+    figures.update(step(0))
+    assert not {label for label, _ in figures.cells()} & {"useful MFU", "HFU"}
+
+
 def test_plain_lines_are_flushed() -> None:
     class Stream(io.StringIO):
         flushed = ""

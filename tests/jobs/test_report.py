@@ -249,6 +249,20 @@ def test_first_step_is_left_out_of_times(tmp_path: Path) -> None:
     assert summary["checkpoint_stall_share"] is None
 
 
+def test_mfu_is_told_with_its_peak(tmp_path: Path) -> None:
+    peak = {"kind": "peak", "tflops": 0.4, "source": "measured"}
+    seconds = {"data": 0.0, "step": 2.0}
+    steps = [step(n, 3.0, seconds=seconds, useful_mfu=0.2 + 0.1 * n, hfu=0.3 + 0.1 * n) for n in range(3)]
+    write_lines(tmp_path / "metrics.jsonl", [peak, *steps])
+    summary = summary_of(tmp_path)
+    assert summary["useful_mfu"] == pytest.approx(0.35)
+    assert summary["hfu"] == pytest.approx(0.45)
+    assert (summary["peak_tflops"], summary["peak_source"]) == (0.4, "measured")
+    page = Page(write_report(tmp_path).read_text())
+    assert "useful MFU (of 0.4 TFLOP/s, measured)" in page.text
+    assert "share of the peak" in page.text
+
+
 def test_a_torn_line_and_nan_are_survived(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [step(number, 3.0) for number in range(3)])
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -111,6 +111,9 @@ def test_a_run_leaves_all_that_it_promises(straight):
     assert summary["recipe"] == "smoke"
     assert set(summary["grounding_gap_nats"]) == {"held_out"}
     assert summary["step_0_minus_bare_lm_nats"] == {"held_out": 0.0}
+    assert summary["peak_source"] == "measured"
+    assert 0 < summary["useful_mfu"] < summary["hfu"], "smoke recomputes"
+    assert all(0 < record["useful_mfu"] < record["hfu"] for record in steps_of(straight).values())
     for key in ("data_wait_share", "checkpoint_stall_share", "tokens_per_second"):
         assert summary[key] >= 0
     assert summary["seconds"]["train"] > 0

@@ -228,6 +228,30 @@ def test_round_robin_takes_the_data_sets_in_turn(ranks):
         assert names == [["docs"], ["pairs"], ["docs"], ["pairs"]]
 
 
+def counted(topology: Topology) -> tuple[dict[str, int], dict[str, int], int]:
+    step = tiny.make_step(topology, ParallelConfig(tensor=topology.tensor))
+    result = step.run(0, tiny.batches(0, topology))
+    return dict(result.media), dict(result.loss_tokens), result.tokens
+
+
+@pytest.mark.distributed
+def test_counts_are_those_of_the_global_batch_whatever_the_layout(ranks):
+    whole = {name: tiny.batch(name, 0) for name in tiny.WEIGHTS}
+    expected = (
+        {name: batch.num_media() for name, batch in whole.items()},
+        {name: batch.num_loss_tokens() for name, batch in whole.items()},
+        sum(batch.num_tokens() for batch in whole.values()),
+    )
+    assert ranks.run(counted, world=4, tensor=2) == [expected] * 4
+
+
+def test_resident_weights_have_the_dtype_of_the_run_and_the_encoder_keeps_its_own():
+    with single_process() as topology:
+        model = build_model(tiny.network(), ParallelConfig(), topology, dtype=torch.bfloat16, seed=0)
+    assert {buffer.dtype for buffer in model.lm.buffers()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.vision.buffers()} == {torch.float32}
+
+
 def stop_wish(topology: Topology) -> list[bool]:
     step = tiny.make_step(topology, ParallelConfig(zero_stage=0))
     asked = [False, topology.rank == 1]
