@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from io import BytesIO
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -20,11 +21,13 @@ PIL_VIDEO_EXTENSIONS = ("webp", "gif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", *PIL_VIDEO_EXTENSIONS)
 FEATURE_EXTENSION = "npy"
 _MAX_VIDEO_FRAMES = 200_000
-# Only formats that corpora hold. Pillow would open any of forty, among them EPS, which starts a program.
-Image.init()
-_IMAGE_FORMATS = tuple(
-    name for name in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN
-)
+# Only formats that corpora hold. Pillow would open any of forty, among them EPS, which starts a program; and to
+# load them all, as `Image.init` does, takes a reader half a second of its start.
+_IMAGE_PLUGINS = ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif")
+for _plugin in _IMAGE_PLUGINS:
+    with suppress(ImportError):  # a Pillow that was built without it
+        import_module(f"PIL.{_plugin}ImagePlugin")
+_IMAGE_FORMATS = tuple(name for name in map(str.upper, _IMAGE_PLUGINS) if name in Image.OPEN)
 _ANIMATED_FORMATS = ("WEBP", "GIF")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -321,6 +324,8 @@ def _av_frames(
     blob: bytes, frames: int, start: float, config: MediaConfig, deadline: _Deadline
 ) -> list[Image.Image]:
     """Take frames of a video through FFmpeg: times come from the packets, only the clip is decoded."""
+    import av  # takes a second to load, which readers of images do without
+
     with av.open(BytesIO(blob)) as container:
         stream = container.streams.video[0]
         _check_pixels(stream.width, stream.height, config)
@@ -356,6 +361,8 @@ def _decode_stamps(
     blob: bytes, wanted: set[int], config: MediaConfig, deadline: _Deadline, *, seek: bool
 ) -> dict[int, Image.Image]:
     """Decode the frames with given time stamps, from the key frame before the first when `seek` is set."""
+    import av
+
     found: dict[int, Image.Image] = {}
     with av.open(BytesIO(blob)) as container:
         stream = container.streams.video[0]
