@@ -30,6 +30,7 @@ from data_pipeline.dataset import DatasetStream
 from data_pipeline.dispatch import Dispatcher, Unit
 from data_pipeline.errors import BadDataError, NotOpenError
 from data_pipeline.feed import check_datasets, check_saved, make_state
+from data_pipeline.index import ShardIndex
 from data_pipeline.ledger import Ledger
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
@@ -98,10 +99,13 @@ class Reader:
             loaded: see `Sources.loaded`.
         """
         if not self._streams:
-            tokenizer, indices = ray.get(list(loaded))
-            self._streams = {
-                c.name: DatasetStream(c, tokenizer, self._seed, index=indices[c.name]) for c in self._datasets
-            }
+            self.open_streams(*ray.get(list(loaded)))
+
+    def open_streams(self, tokenizer: Tokenizer, indices: Mapping[str, ShardIndex]) -> None:
+        """Open the data sets with a tokenizer and the indices by name."""
+        self._streams = {
+            c.name: DatasetStream(c, tokenizer, self._seed, index=indices[c.name]) for c in self._datasets
+        }
 
     def make(self, name: str, step: int, dp_rank: int, dp_size: int) -> tuple[Batch, tuple[Skip, ...]]:
         """Make one batch; the skips come as a second object, so that counting them moves no batch.

@@ -164,7 +164,7 @@ def test_two_hundred_kills(ray_cluster: None, tmp_path: Path) -> None:
     try:
         calm, wild = chaos(config, 20_000, 200)
     finally:
-        shutil.rmtree(tmp_path / "corpus")  # a gigabyte
+        shutil.rmtree(tmp_path / "corpus")  # two gigabytes
     print(f"20,000 samples: {calm:.1f} s in peace, {wild:.1f} s with 200 kills, ratio {wild / calm:.2f}")
     assert wild <= 2 * calm
 
@@ -189,7 +189,9 @@ def test_a_stopped_reader_stalls_nothing(ray_cluster: None, tmp_path: Path) -> N
             for process in stopped:
                 os.kill(process.pid, signal.SIGCONT)
         assert keys == calm_keys
-        assert 1 <= asked_twice <= 2 * (PREFETCH + 2) * RANKS, "and what it held was asked for once more, not all"
+        assert 1 <= asked_twice <= 2 * (PREFETCH + 2) * RANKS, (
+            "and what it held was asked for once more, not all"
+        )
         counts = pipeline.feed(0).summary()["pairs"]
         assert counts["bad"] == 0
 
