@@ -102,9 +102,7 @@ def energon_dataset(corpus: Path, folder: Path, description: str) -> Any:
     for tar in tars(corpus):
         (folder / Path(tar).name).symlink_to(tar)
     names = [Path(tar).name for tar in tars(corpus)]
-    BaseWebdatasetFactory.prepare_dataset(
-        EPath(folder), names, split_parts_ratio=[("train", 1.0)], workers=1
-    )
+    BaseWebdatasetFactory.prepare_dataset(EPath(folder), names, split_parts_ratio=[("train", 1.0)], workers=1)
     (folder / ".nv-meta" / "dataset.yaml").write_text(description)
 
     @energon.stateless
