@@ -74,7 +74,8 @@ class ReaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a coordinator reads from. Handed over by a call, not to constructors: of those, Ray keeps no reference."""
+    """What a coordinator reads from. Handed over by a call: an actor whose constructor took references to objects
+    could not be restarted once Ray let go of them, of which Ray warns at each start."""
 
     readers: tuple[Any, ...]
     """Handles of the `Reader` actors."""
