@@ -182,8 +182,8 @@ def test_two_hundred_kills(ray_cluster: None, tmp_path: Path) -> None:
         print(
             f"20,000 samples, {name}: {calm:.1f} s in peace, {wild:.1f} s with 200 kills: {wild / calm:.2f}"
         )
-    # On a machine that does other things too, the wall time is theirs; what kills cost the readers is not.
-    assert min(wild / calm for calm, wild in spent.values()) <= 2
+    calm, wild = spent["wall"]
+    assert wild <= 2 * calm
 
 
 def test_a_stopped_reader_stalls_nothing(ray_cluster: None, tmp_path: Path) -> None:
