@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -229,51 +228,3 @@ def test_straggling_requests_are_made_again(ray_cluster: None, tmp_path: Path) -
     assert sorted(keys) == [f"p{number:03d}" for number in range(160)]
     assert server.met["minutes"] == 2
     assert asked_twice >= 2
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A Ray to which a test can add nodes on this machine, and kill them."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
-    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
-    made = Cluster()
-    made.add_node(
-        num_cpus=1,
-        temp_dir=folder,
-        _system_config=quick,
-        include_dashboard=False,
-        object_store_memory=128 << 20,
-    )
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_batches_that_went_with_their_node_are_made_again(cluster: Any, tmp_path: Path) -> None:
-    write_pairs(tmp_path / "corpus", 160, per_shard=40)
-    # Large enough for the object store of the reader's node; small ones travel with the answer.
-    config = pairs_config(tmp_path / "corpus", batch_size=16, image_size=160)
-    straight = DatasetStream(config, BYTES, 3)
-    with readers(config, replace(SETTINGS, timeout_s=60)) as pipeline:
-        here = ray.get_runtime_context().get_node_id()  # holds two of three readers, and all else
-        other = cluster.add_node(num_cpus=1, object_store_memory=128 << 20)
-        pipeline.feed(0).next(0)
-        for step in range(200):
-            (box,) = ray.get(pipeline.coordinators[0].next.remote(step, 0)).values()
-            ray.wait(box, fetch_local=False)
-            places = ray.experimental.get_object_locations(box)[box[0]]["node_ids"]
-            if here not in places:
-                break
-        else:
-            raise AssertionError("the third reader made no batch")
-        cluster.remove_node(other, allow_graceful=False)
-        batch = pipeline.feed(0).next(step)["pairs"]
-        assert batch.keys == straight.batch(step, 0, RANKS).keys
-        (again,) = ray.get(pipeline.coordinators[0].next.remote(step, 0)).values()
-        assert again != box, "another object"
-        assert pipeline.feed(0).next(step + 1)["pairs"].keys == straight.batch(step + 1, 0, RANKS).keys
-        assert pipeline.feed(0).summary()["pairs"]["bad"] == 0
