@@ -74,8 +74,10 @@ class ReaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a coordinator reads from. Handed over by a call: an actor whose constructor took references to objects
-    could not be restarted once Ray let go of them, of which Ray warns at each start.
+    """What a coordinator reads from.
+
+    Handed over by a call: an actor whose constructor took references to objects could not be restarted once Ray
+    let go of them, of which Ray warns at each start.
     """
 
     readers: tuple[Any, ...]
