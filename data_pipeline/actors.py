@@ -6,10 +6,11 @@
       ^ next(step)
     RayFeed (in each trainer rank)      zero-copy numpy views of the object store
 
-A batch is a pure function of its step, so a reader that dies is restarted and asked again, and a coordinator
-that dies begins anew at the step it is next asked for. A `LedgerActor` counts bad samples over all ranks;
-when they are too many, it names one step beyond every step that any rank was given, and every rank fails at
-that step: no rank is left waiting in a collective for one that stopped.
+A batch is a pure function of its step, so what a dead or slow reader was asked for is asked of another
+(`data_pipeline.dispatch`), and a coordinator that dies begins anew at the step it is next asked for. A
+`LedgerActor` counts bad samples over all ranks; when they are too many, it names one step beyond every step
+that any rank was given, and every rank fails at that step: no rank is left waiting in a collective for one
+that stopped.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from data_pipeline.batch import Batch, Skip, empty_batch
 from data_pipeline.config import DatasetConfig
 from data_pipeline.dataset import DatasetStream
-from data_pipeline.errors import BadDataError
+from data_pipeline.dispatch import Dispatcher, Unit
+from data_pipeline.errors import BadDataError, NotOpenError
 from data_pipeline.feed import check_datasets, check_saved, make_state
 from data_pipeline.index import ShardIndex
 from data_pipeline.ledger import Ledger
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
-_ASKS = 3
+_ASKS = 4
 _REMEMBERED = 256  # steps; those read ahead are reported out of order, older ones are repeats after a resume
 
 
@@ -49,6 +51,9 @@ class ReaderConfig:
     retries: int = 3
     """Times that a batch is asked for again when its reader dies; a sample that kills every reader that
     touches it would otherwise be retried for ever."""
+    slow_after: float = 4.0
+    """A batch that takes this many times as long as usual is asked of another reader too, and the first answer
+    counts; 0 never asks twice."""
     timeout_s: float = 900.0
     """Seconds after which a rank that waits for a batch fails with an error."""
 
@@ -63,23 +68,57 @@ class ReaderConfig:
                 f"cpus_per_reader {self.cpus_per_reader}, timeout_s {self.timeout_s}: "
                 "the first must be at least 0, the second above 0"
             )
+        if self.slow_after != 0 and not self.slow_after >= 1:
+            raise ValueError(f"slow_after {self.slow_after}: give 1 or more, or 0 to never ask twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a coordinator reads from.
+
+    Handed over by a call: an actor whose constructor took references to objects could not be restarted once Ray
+    let go of them, of which Ray warns at each start.
+    """
+
+    readers: tuple[Any, ...]
+    """Handles of the `Reader` actors."""
+    ledger: Any
+    """Handle of the `LedgerActor`."""
+    loaded: tuple[Any, ...]
+    """References to the tokenizer and to the indices by name, which the driver loaded once."""
 
 
 class Reader:
     """Actor that makes batches."""
 
-    def __init__(
-        self,
-        datasets: Sequence[DatasetConfig],
-        tokenizer: Tokenizer,
-        seed: int,
-        indices: Mapping[str, ShardIndex],
-    ) -> None:
-        """Open the data sets with a tokenizer and indices that the driver loaded once."""
-        self._streams = {c.name: DatasetStream(c, tokenizer, seed, index=indices[c.name]) for c in datasets}
+    def __init__(self, datasets: Sequence[DatasetConfig], seed: int) -> None:
+        """Hold the configuration; nothing is opened yet."""
+        self._datasets, self._seed = tuple(datasets), seed
+        self._streams: dict[str, DatasetStream] = {}
+
+    def open(self, loaded: Sequence[ray.ObjectRef[Any]]) -> None:
+        """Open the data sets, unless they are open.
+
+        Args:
+            loaded: see `Sources.loaded`.
+        """
+        if not self._streams:
+            self.open_streams(*ray.get(list(loaded)))
+
+    def open_streams(self, tokenizer: Tokenizer, indices: Mapping[str, ShardIndex]) -> None:
+        """Open the data sets with a tokenizer and the indices by name."""
+        self._streams = {
+            c.name: DatasetStream(c, tokenizer, self._seed, index=indices[c.name]) for c in self._datasets
+        }
 
     def make(self, name: str, step: int, dp_rank: int, dp_size: int) -> tuple[Batch, tuple[Skip, ...]]:
-        """Make one batch; the skips come as a second object, so that counting them moves no batch."""
+        """Make one batch; the skips come as a second object, so that counting them moves no batch.
+
+        Raises:
+            NotOpenError: a restarted reader has to `open` first.
+        """
+        if not self._streams:
+            raise NotOpenError(f"asked for step {step} of {name!r} before open")
         batch = self._streams[name].batch(step, dp_rank, dp_size)
         return batch, batch.skips
 
@@ -129,35 +168,54 @@ class Coordinator:
         self,
         datasets: Sequence[DatasetConfig],
         pad_id: int,
-        readers: Sequence[Any],
-        ledger: Any,
         dp_rank: int,
         dp_size: int,
         peers: int,
-        prefetch: int,
+        config: ReaderConfig,
     ) -> None:
-        """Hold the handles; nothing is read until the first step is asked for."""
-        self._datasets, self._pad_id = tuple(datasets), pad_id
-        self._readers, self._ledger = tuple(readers), ledger
-        self._rank, self._size, self._peers, self._prefetch = dp_rank, dp_size, peers, prefetch
+        """Hold the configuration, as a reader does."""
+        self._datasets, self._pad_id, self._config = tuple(datasets), pad_id, config
+        self._ledger: Any = None
+        self._dispatcher: Dispatcher | None = None
+        self._rank, self._size, self._peers, self._prefetch = dp_rank, dp_size, peers, config.prefetch
         self._steps: dict[int, asyncio.Task[dict[str, list[Any]]]] = {}
         self._verdicts: dict[int, asyncio.Task[str | None]] = {}
         self._asked: dict[int, int] = {}
 
-    async def next(self, step: int, peer: int) -> dict[str, list[Any]]:
+    async def open(self, sources: Sources) -> None:
+        """Learn whom to ask, unless that is known; nothing is read until the first step is asked for."""
+        if self._dispatcher is None:
+            self._ledger = sources.ledger
+            self._dispatcher = Dispatcher(
+                sources.readers,
+                sources.loaded,
+                first=self._rank,
+                retries=self._config.retries,
+                slow_after=self._config.slow_after,
+            )
+
+    async def next(self, step: int, peer: int, lost: Sequence[str] = ()) -> dict[str, list[Any]]:
         """Give references to the batches of a step, the same ones to every peer.
 
         Args:
             step: the step.
             peer: tensor-parallel rank that asks.
+            lost: references to batches of this step that were lost with the node that held them.
 
         Returns:
             By data set, a list of one reference: a bare one would be fetched for the caller by Ray.
 
         Raises:
             BadDataError: when the run must stop at this step.
+            NotOpenError: a restarted coordinator has to `open` first.
         """
+        if self._dispatcher is None:
+            raise NotOpenError(f"asked for step {step} before open")
         self._asked[peer] = step
+        if lost and step in self._steps:
+            held = await asyncio.shield(self._steps[step])
+            if any(box[0].hex() in lost for box in held.values()):  # else a peer had them made again before
+                self._steps.pop(step)
         for ahead in range(step, step + self._prefetch + 1):
             if ahead not in self._steps:
                 self._steps[ahead] = asyncio.create_task(self._build(ahead))
@@ -177,6 +235,10 @@ class Coordinator:
         """Return the steps whose batches are held."""
         return sorted(self._steps)
 
+    def asked_twice(self) -> int:
+        """Return how many batches were late and asked of another reader too."""
+        return self._dispatcher.asked_twice if self._dispatcher is not None else 0
+
     def _drop(self, step: int) -> None:
         """Drop steps that all peers have taken, and those that a resume elsewhere left behind."""
         everyone = len(self._asked) == self._peers
@@ -195,20 +257,14 @@ class Coordinator:
 
     async def _build(self, step: int) -> dict[str, list[Any]]:
         """Have the batches of a step made, and report their bad samples before anyone trains on them."""
-        calls = {}
-        for number, config in enumerate(self._datasets):
-            # Rotates, so that no reader is left with all batches of the slowest data set.
-            turn = step * self._size + self._rank + number
-            reader = self._readers[turn % len(self._readers)]
-            call = reader.make.options(num_returns=2)
-            calls[config] = call.remote(config.name, step, self._rank, self._size)
+        assert self._dispatcher is not None, "next made it"
+        units = [Unit(config.name, step, self._rank, self._size) for config in self._datasets]
+        made = await asyncio.gather(*map(self._dispatcher.make, units), return_exceptions=True)
         batches, read = {}, {}
-        for config, (batch, skips) in calls.items():
+        for config, result in zip(self._datasets, made, strict=True):
             samples = config.local_batch_size(self._size)
-            try:
-                found: Sequence[Skip] = await skips
-            except Exception as error:  # a dead reader, or a fault in our own code
-                found = (self._failed(config, step, error),)
+            if isinstance(result, BaseException):  # dead readers, or a fault in our own code
+                found: Sequence[Skip] = (self._failed(config, step, result),)
                 empty = empty_batch(
                     samples // config.pack,
                     config.tokens_per_row,
@@ -219,6 +275,8 @@ class Coordinator:
                     skips=tuple(found),
                 )
                 batch = ray.put(empty)
+            else:
+                batch, found = result
             batches[config.name] = [batch]
             read[config.name] = (samples, tuple(found))
         await self._ledger.report.remote(self._rank, step, read)
@@ -244,13 +302,13 @@ class RayFeed:
     def __init__(
         self,
         coordinator: Any,
-        ledger: Any,
+        sources: Sources,
         peer: int,
         described: Mapping[str, Mapping[str, Any]],
         timeout_s: float,
     ) -> None:
         """Hold the handles; `RayPipeline.feed` makes one."""
-        self._coordinator, self._ledger, self._peer = coordinator, ledger, peer
+        self._coordinator, self._sources, self._peer = coordinator, sources, peer
         self._described, self._timeout_s = described, timeout_s
 
     def next(self, step: int) -> dict[str, Batch]:
@@ -260,11 +318,14 @@ class RayFeed:
             BadDataError: on all ranks at the same step, when the run must stop.
             TimeoutError: when no batch came in time.
         """
-        lost = (ray.exceptions.ObjectLostError, ray.exceptions.ActorUnavailableError)
+        gone = (ray.exceptions.ObjectLostError, ray.exceptions.ActorUnavailableError)
+        lost: list[str] = []
         for ask in range(_ASKS):
             try:
-                boxes = ray.get(self._coordinator.next.remote(step, self._peer), timeout=self._timeout_s)
+                asked = self._coordinator.next.remote(step, self._peer, lost)
+                boxes = ray.get(asked, timeout=self._timeout_s)
                 refs = [boxes[name][0] for name in self._described]
+                lost = [ref.hex() for ref in refs]
                 return dict(zip(self._described, ray.get(refs, timeout=self._timeout_s), strict=True))
             except BadDataError as error:
                 # Ray's own wrapper holds a remote traceback; the user needs the message alone.
@@ -275,8 +336,11 @@ class RayFeed:
                     f"no batch for step {step} within {self._timeout_s:.0f} s: the readers are stuck "
                     "or have no CPUs; look at `ray status` and `ray list actors`, or lower cpus_per_reader"
                 ) from error
-            except lost:
-                # The coordinator died with the objects it owned: its successor makes the same batches.
+            except NotOpenError:  # restarted, it does not know the readers
+                ray.get(self._coordinator.open.remote(self._sources), timeout=self._timeout_s)
+            except gone:
+                # Batches go with the node that holds them, or with the coordinator that owns them: the same
+                # ones are made again.
                 if ask == _ASKS - 1:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -291,7 +355,7 @@ class RayFeed:
 
     def summary(self) -> dict[str, Any]:
         """Return counts of read and bad samples over all ranks, see `Ledger.summary`."""
-        summary: dict[str, Any] = ray.get(self._ledger.summary.remote(), timeout=self._timeout_s)
+        summary: dict[str, Any] = ray.get(self._sources.ledger.summary.remote(), timeout=self._timeout_s)
         return summary
 
     def close(self) -> None:
@@ -333,33 +397,27 @@ class RayPipeline:
         loaded = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
         streams = {c.name: DatasetStream(c, loaded, seed) for c in datasets}
         self._described = {name: stream.describe() for name, stream in streams.items()}
-        # Held here for as long as the pipeline lives: a reader that is restarted asks for them again.
-        self._shared = (ray.put(loaded), ray.put({name: stream.index for name, stream in streams.items()}))
-        self._ledger = self._start_ledger(datasets, streams, quarantine)
-        reader = ray.remote(Reader).options(
-            num_cpus=self.config.cpus_per_reader,
-            max_restarts=-1,
-            max_task_retries=self.config.retries,
-            scheduling_strategy="SPREAD",
+        # Kept for as long as the pipeline lives: actors that are restarted ask for it again.
+        self._sources = Sources(
+            readers=tuple(self._start_readers(seed)),
+            ledger=self._start_ledger(datasets, streams, quarantine),
+            loaded=(ray.put(loaded), ray.put({name: stream.index for name, stream in streams.items()})),
         )
-        self.readers = [
-            reader.remote(self.datasets, self._shared[0], seed, self._shared[1])
-            for _ in range(self.config.readers)
-        ]
+        self.readers = self._sources.readers
         coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self.coordinators = [
-            coordinator.remote(
-                datasets,
-                loaded.pad_id,
-                self.readers,
-                self._ledger,
-                rank,
-                dp_size,
-                tp_size,
-                self.config.prefetch,
-            )
+            coordinator.remote(self.datasets, loaded.pad_id, rank, dp_size, tp_size, self.config)
             for rank in range(dp_size)
         ]
+        for actor in self.coordinators:
+            actor.open.remote(self._sources)
+
+    def _start_readers(self, seed: int) -> list[Any]:
+        """Start the readers, spread over the nodes."""
+        reader = ray.remote(Reader).options(
+            num_cpus=self.config.cpus_per_reader, max_restarts=-1, scheduling_strategy="SPREAD"
+        )
+        return [reader.remote(self.datasets, seed) for _ in range(self.config.readers)]
 
     def _start_ledger(
         self,
@@ -387,9 +445,9 @@ class RayPipeline:
                 f"x {self._tp_size} tensor-parallel ranks"
             )
         coordinator = self.coordinators[dp_rank]
-        return RayFeed(coordinator, self._ledger, tp_rank, self._described, self.config.timeout_s)
+        return RayFeed(coordinator, self._sources, tp_rank, self._described, self.config.timeout_s)
 
     def shutdown(self) -> None:
         """Stop all actors."""
-        for actor in (*self.coordinators, *self.readers, self._ledger):
+        for actor in (*self.coordinators, *self.readers, self._sources.ledger):
             ray.kill(actor)

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.files import write_whole
+
 _CHECKSUM_BYTES = 4
 _LOCK = ".lock"
 
@@ -59,9 +61,7 @@ class LocalCache:
         # A full or read-only disk makes the cache useless, not the run.
         with suppress(OSError), self._lock():
             self._make_room(size)
-            partial = path.with_name(f".partial-{os.getpid()}")
-            partial.write_bytes(body + zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little"))
-            partial.rename(path)
+            write_whole(path, body + zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little"))
 
     def _make_room(self, wanted: int) -> None:
         """Remove the entries used longest ago until `wanted` bytes fit; the lock is held."""

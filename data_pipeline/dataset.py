@@ -94,10 +94,15 @@ class DatasetStream:
             ValueError: when the batch does not divide among the ranks.
         """
         positions = self.positions(step, dp_rank, dp_size)
+        pixels = self.config.media == "pixels"
+        rows = len(positions) // self.config.pack
+        media = np.zeros((rows, *self.config.media_shape), np.uint8 if pixels else np.float16)
+        # Each sample decodes into its own slots: no copy, and no two threads write to one place.
+        slots = media.reshape(len(positions), self.config.max_media, *media.shape[2:])
         # Order and offsets sit in caches that threads must not share; fetching and decoding may.
-        jobs = [self._job(position) for position in positions]
+        jobs = [self._job(position, slot) for position, slot in zip(positions, slots, strict=True)]
         mapped = self._threads.map if self._threads else map
-        return self._assemble(list(mapped(lambda job: job(), jobs)))
+        return self._assemble(list(mapped(lambda job: job(), jobs)), media)
 
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved position to be continued, as plain JSON values."""
@@ -111,8 +116,8 @@ class DatasetStream:
             "settings": self.config.settings(),
         }
 
-    def _job(self, position: int) -> Callable[[], LoadedSample | Skip]:
-        """Prepare the loading of one sample."""
+    def _job(self, position: int, slots: np.ndarray) -> Callable[[], LoadedSample | Skip]:
+        """Prepare the loading of one sample; `slots` is uint8 [M, F, 3, H, W] or float16 [M, F, S, C]."""
         place = self.order.locate(position)
         entry = self.index.entries[place.shard]
         url = entry.url
@@ -134,8 +139,9 @@ class DatasetStream:
                     storage=self.index.storage,
                     shard_bytes=entry.size,
                 )
-                return self._loader.load(reader, position)
+                return self._loader.load(reader, position, slots)
             except BadSampleError as error:
+                slots[:] = 0  # a bad sample leaves no picture behind
                 return self._skip(error, record.key, url, position)
 
         return load
@@ -152,16 +158,14 @@ class DatasetStream:
             fatal=error.fatal,
         )
 
-    def _assemble(self, samples: list[LoadedSample | Skip]) -> Batch:
-        """Put samples into the rows of a batch, `pack` of them into each."""
+    def _assemble(self, samples: list[LoadedSample | Skip], media: np.ndarray) -> Batch:
+        """Put samples into the rows of a batch, `pack` of them into each; their media are in [B, M, ...] already."""
         config, pack = self.config, self.config.pack
         B, T = len(samples) // pack, config.tokens_per_row
-        pixels = config.media == "pixels"
         tokens_BT = np.full((B, T), self.tokenizer.pad_id, np.int64)
         loss_mask_BT = np.zeros((B, T), np.bool_)
         media_index_BT = np.zeros((B, T), np.int32)
         segments_BT = np.zeros((B, T), np.int32)
-        media = np.zeros((B, *config.media_shape), np.uint8 if pixels else np.float16)
         media_mask_BM = np.zeros(media.shape[:2], np.bool_)
         for b in range(B):
             row = [None if isinstance(s, Skip) else s for s in samples[b * pack : (b + 1) * pack]]
@@ -179,9 +183,8 @@ class DatasetStream:
             for array, part in zip(arrays, parts, strict=True):
                 array[b, : len(part)] = part
             for number, sample in enumerate(row):
-                for m, medium in enumerate(sample.media if sample is not None else ()):
-                    media[b, number + m] = medium
-                    media_mask_BM[b, number + m] = True
+                if sample is not None:
+                    media_mask_BM[b, number : number + len(sample.text.media)] = True
         return Batch(
             tokens_BT=tokens_BT,
             loss_mask_BT=loss_mask_BT,

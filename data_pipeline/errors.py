@@ -28,3 +28,7 @@ class BadDataError(RuntimeError):
 
 class ResumeError(ValueError):
     """A saved position cannot be continued with this configuration or these shards."""
+
+
+class NotOpenError(RuntimeError):
+    """A reader was asked for a batch before it opened its data sets: it was restarted in between."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from io import BytesIO
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -20,11 +21,13 @@ PIL_VIDEO_EXTENSIONS = ("webp", "gif")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", *PIL_VIDEO_EXTENSIONS)
 FEATURE_EXTENSION = "npy"
 _MAX_VIDEO_FRAMES = 200_000
-# Only formats that corpora hold. Pillow would open any of forty, among them EPS, which starts a program.
-Image.init()
-_IMAGE_FORMATS = tuple(
-    name for name in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN
-)
+# Only formats that corpora hold. Pillow would open any of forty, among them EPS, which starts a program; and to
+# load them all, as `Image.init` does, takes a reader half a second of its start.
+_IMAGE_PLUGINS = ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif")
+for _plugin in _IMAGE_PLUGINS:
+    with suppress(ImportError):  # a Pillow that was built without it
+        import_module(f"PIL.{_plugin}ImagePlugin")
+_IMAGE_FORMATS = tuple(name for name in map(str.upper, _IMAGE_PLUGINS) if name in Image.OPEN)
 _ANIMATED_FORMATS = ("WEBP", "GIF")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -44,6 +47,10 @@ class MediaConfig:
     max_seconds: float = 60.0
     """Longest time to decode one medium; beyond it the sample is skipped as "too slow". Far above what decoding
     takes: a machine that is merely busy must not change the data."""
+    jpeg_margin: float = 2.0
+    """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side is then still this many times
+    `image_size`. 1 is fastest, a larger margin nearer to decoding it whole, which 0 does; how near, says
+    `docs/benchmarks-data.md`."""
     video_fps: float | None = 1.0
     """Frames a second taken from a clip (paper: 1 in training); None spreads them over the whole video."""
     hflip_p: float = 0.5
@@ -61,6 +68,8 @@ class MediaConfig:
             raise ValueError(f"pad_colour {self.pad_colour}: give three numbers in 0..255 (R, G, B)")
         if not self.max_seconds > 0:
             raise ValueError(f"max_seconds {self.max_seconds}: must be above 0")
+        if self.jpeg_margin != 0 and not self.jpeg_margin >= 1:
+            raise ValueError(f"jpeg_margin {self.jpeg_margin}: give 1 or more, or 0 to decode JPEGs whole")
         if self.video_fps is not None and not self.video_fps > 0:
             raise ValueError(
                 f"video_fps {self.video_fps}: give frames a second above 0, or None for the whole"
@@ -92,13 +101,19 @@ def draw_augmentation(config: MediaConfig, rng: np.random.Generator) -> Augmenta
     return Augmentation(flip, tuple(float(f) for f in factors), clip_start)  # type: ignore[arg-type]
 
 
-def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | None = None) -> np.ndarray:
+def decode_image(
+    blob: bytes,
+    config: MediaConfig,
+    augmentation: Augmentation | None = None,
+    out_3HW: np.ndarray | None = None,
+) -> np.ndarray:
     """Decode one image.
 
     Args:
         blob: encoded image in any format that Pillow reads.
         config: size, padding and limits.
         augmentation: None leaves the image as it is.
+        out_3HW: uint8 [3, H, W] to write into, as a slot of a batch; None makes an array.
 
     Returns:
         uint8 [3, H, W] with H = W = image_size; the aspect ratio is kept and the border padded.
@@ -112,11 +127,15 @@ def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | 
         try:
             image: Image.Image = Image.open(_TimedBytes(blob, deadline), formats=_IMAGE_FORMATS)
             _check_pixels(image.width, image.height, config)
-            if image.format == "JPEG" and image.mode == "RGB":
-                # Lets the decoder shrink by 2, 4 or 8 as it decodes; still twice the size that is needed.
-                image.draft("RGB", (2 * config.image_size, 2 * config.image_size))
+            if image.format == "JPEG" and image.mode == "RGB" and config.jpeg_margin:
+                # Lets the decoder shrink by 2, 4 or 8 as it decodes.
+                least = math.ceil(config.jpeg_margin * config.image_size)
+                image.draft("RGB", (least, least))
             ImageOps.exif_transpose(image, in_place=True)
-            return _fit(image, config, augmentation)
+            if out_3HW is None:
+                out_3HW = _empty(config)
+            _fit(image, config, augmentation, out_3HW)
+            return out_3HW
         except BadSampleError:
             raise
         except Image.DecompressionBombError as error:
@@ -126,7 +145,12 @@ def decode_image(blob: bytes, config: MediaConfig, augmentation: Augmentation | 
 
 
 def decode_video(
-    blob: bytes, extension: str, frames: int, config: MediaConfig, augmentation: Augmentation | None = None
+    blob: bytes,
+    extension: str,
+    frames: int,
+    config: MediaConfig,
+    augmentation: Augmentation | None = None,
+    out_F3HW: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decode `frames` frames of a video, evenly spaced.
 
@@ -139,6 +163,7 @@ def decode_video(
         frames: F.
         config: size, padding, frame rate and limits.
         augmentation: None takes the middle clip and flips nothing.
+        out_F3HW: uint8 [F, 3, H, W] to write into; None makes an array.
 
     Returns:
         uint8 [F, 3, H, W].
@@ -153,9 +178,14 @@ def decode_video(
             images = _pil_frames(blob, frames, start, config, deadline)
         else:
             images = _av_frames(blob, frames, start, config, deadline)
-        # By identity, so that a repeated frame is resized once.
-        fitted = {key: _fit(image, config, augmentation) for key, image in {id(i): i for i in images}.items()}
-        return np.stack([fitted[id(image)] for image in images])
+        if out_F3HW is None:
+            out_F3HW = _empty(config, frames)
+        for f, image in enumerate(images):
+            if f and image is images[f - 1]:  # a repeated frame is resized once
+                out_F3HW[f] = out_F3HW[f - 1]
+            else:
+                _fit(image, config, augmentation, out_F3HW[f])
+        return out_F3HW
     except BadSampleError:
         raise
     except Image.DecompressionBombError as error:
@@ -239,8 +269,15 @@ def _check_pixels(width: int, height: int, config: MediaConfig) -> None:
         )
 
 
-def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | None) -> np.ndarray:
-    """Scale to the square, pad, augment: uint8 [3, H, W]."""
+def _empty(config: MediaConfig, *shape: int) -> np.ndarray:
+    """Make room for decoded frames: uint8 [*shape, 3, H, W]."""
+    return np.empty((*shape, 3, config.image_size, config.image_size), np.uint8)
+
+
+def _fit(
+    image: Image.Image, config: MediaConfig, augmentation: Augmentation | None, out_3HW: np.ndarray
+) -> None:
+    """Scale to the square, augment, pad, and write into uint8 [3, H, W]."""
     size = config.image_size
     if image.mode in _SIXTEEN_BITS:
         # Pillow's own conversion clips at 255, which makes almost every picture white.
@@ -255,15 +292,20 @@ def _fit(image: Image.Image, config: MediaConfig, augmentation: Augmentation | N
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(fitted, Image.Resampling.BICUBIC)
     if augmentation is not None:
-        if augmentation.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         enhancers: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for enhancer, factor in zip(enhancers, augmentation.factors, strict=True):
             if factor != 1.0:
                 image = enhancer(image).enhance(factor)
-    square = Image.new("RGB", (size, size), config.pad_colour)
-    square.paste(image, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
-    return np.ascontiguousarray(np.asarray(square, np.uint8).transpose(2, 0, 1))
+    pixels_3HW = np.asarray(image).transpose(2, 0, 1)
+    if augmentation is not None and augmentation.flip:
+        pixels_3HW = pixels_3HW[:, :, ::-1]
+    left, top = (size - fitted[0]) // 2, (size - fitted[1]) // 2
+    right, bottom = left + fitted[0], top + fitted[1]
+    colour_3 = np.array(config.pad_colour, np.uint8)[:, None, None]
+    for border_3HW in (out_3HW[:, :top], out_3HW[:, bottom:], out_3HW[:, :, :left], out_3HW[:, :, right:]):
+        if border_3HW.size:
+            border_3HW[:] = colour_3
+    out_3HW[:, top:bottom, left:right] = pixels_3HW
 
 
 class _Deadline:
@@ -321,6 +363,8 @@ def _av_frames(
     blob: bytes, frames: int, start: float, config: MediaConfig, deadline: _Deadline
 ) -> list[Image.Image]:
     """Take frames of a video through FFmpeg: times come from the packets, only the clip is decoded."""
+    import av  # takes a second to load, which readers of images do without
+
     with av.open(BytesIO(blob)) as container:
         stream = container.streams.video[0]
         _check_pixels(stream.width, stream.height, config)
@@ -356,6 +400,8 @@ def _decode_stamps(
     blob: bytes, wanted: set[int], config: MediaConfig, deadline: _Deadline, *, seek: bool
 ) -> dict[int, Image.Image]:
     """Decode the frames with given time stamps, from the key frame before the first when `seek` is set."""
+    import av
+
     found: dict[int, Image.Image] = {}
     with av.open(BytesIO(blob)) as container:
         stream = container.streams.video[0]

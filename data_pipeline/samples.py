@@ -30,12 +30,10 @@ _MAX_TEXT_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedSample:
-    """A sample ready for its slot in a batch."""
+    """A sample whose media are in their slots of a batch."""
 
     key: str
     text: TokenizedSample
-    media: tuple[np.ndarray, ...]
-    """Each uint8 [F, 3, H, W] or float16 [F, S, C], in slot order."""
 
 
 class SampleLoader:
@@ -45,12 +43,13 @@ class SampleLoader:
         """Hold what every sample needs."""
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
 
-    def load(self, reader: SampleReader, position: int) -> LoadedSample:
+    def load(self, reader: SampleReader, position: int, media: np.ndarray) -> LoadedSample:
         """Load one sample.
 
         Args:
             reader: the sample's members.
             position: its place in the endless order, from which all random draws follow.
+            media: the sample's slots, uint8 [M, F, 3, H, W] or float16 [M, F, S, C]; the first ones are written.
 
         Raises:
             BadSampleError: when the sample cannot be used.
@@ -82,8 +81,9 @@ class SampleLoader:
         if train and (config.hflip_p or config.colour_jitter or config.kind == "video"):
             media_rng = make_rng(self._seed, config.name, "media", position)
             draws = [draw_augmentation(config, media_rng) for _ in text.media]
-        media = tuple(self._decode(reader, name, draw) for name, draw in zip(text.media, draws, strict=True))
-        return LoadedSample(key=reader.record.key, text=text, media=media)
+        for name, draw, slot in zip(text.media, draws, media, strict=False):
+            self._decode(reader, name, draw, slot)
+        return LoadedSample(key=reader.record.key, text=text)
 
     def _medium(self, reader: SampleReader) -> str:
         """Find the member that holds the image or video of a captioned sample."""
@@ -99,8 +99,10 @@ class SampleLoader:
             detail += "; for .npy set media='features'"
         raise BadSampleError("missing member", detail)
 
-    def _decode(self, reader: SampleReader, member: str, augmentation: Augmentation | None) -> np.ndarray:
-        """Decode one medium: uint8 [F, 3, H, W] or float16 [F, S, C]."""
+    def _decode(
+        self, reader: SampleReader, member: str, augmentation: Augmentation | None, slot: np.ndarray
+    ) -> None:
+        """Decode one medium into uint8 [F, 3, H, W] or float16 [F, S, C]."""
         config = self._config
         if config.media == "features":
             if not member.endswith(FEATURE_EXTENSION):
@@ -108,11 +110,12 @@ class SampleLoader:
                 member = f"{member.rpartition('.')[0]}.{FEATURE_EXTENSION}"
             assert config.num_features is not None, "checked by the configuration"
             assert config.width is not None, "checked by the configuration"
-            return decode_features(reader.get(member), config.frames, config.num_features, config.width)
-        blob = reader.get(member)
-        if config.kind == "video":
-            return decode_video(blob, member.rpartition(".")[2], config.frames, config, augmentation)
-        return decode_image(blob, config, augmentation)[None]
+            slot[:] = decode_features(reader.get(member), config.frames, config.num_features, config.width)
+        elif config.kind == "video":
+            ending = member.rpartition(".")[2]
+            decode_video(reader.get(member), ending, config.frames, config, augmentation, slot)
+        else:
+            decode_image(reader.get(member), config, augmentation, slot[0])
 
 
 def read_captions(reader: SampleReader) -> list[str]:

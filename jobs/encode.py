@@ -170,7 +170,9 @@ def corpus_fingerprint(source_url: str, config: EncodeConfig) -> str:
     fs, path = fsspec.core.url_to_fs(source_url)
     index_path = f"{path.rstrip('/')}/{INDEX_NAME}"
     source = fs.cat_file(index_path).hex() if fs.exists(index_path) else open_index([source_url]).fingerprint
-    parts = (FORMAT_VERSION, config.vision.fingerprint(), config.frames, asdict(config.media), source)
+    media = asdict(config.media)
+    del media["jpeg_margin"]  # never set here; features stored before there was such a setting stay valid
+    parts = (FORMAT_VERSION, config.vision.fingerprint(), config.frames, media, source)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

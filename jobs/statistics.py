@@ -1,10 +1,8 @@
 """Mean and standard deviation of an encoder's features over a corpus, for `VisionConfig.statistics`."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data_pipeline.batch import Skip
+from data_pipeline.files import write_whole
 from data_pipeline.index import open_index
 from flamingo_dist.models.vision import VisionConfig, build_vision
 from jobs.encode import media_config
@@ -52,11 +51,7 @@ def feature_statistics(source_url: str, vision: VisionConfig, *, images: int = 2
 
 def write_statistics(path: Path, source_url: str, vision: VisionConfig, *, images: int = 256) -> None:
     """Write `feature_statistics` to `path` whole or not at all; arguments and errors as there."""
-    blob = save(feature_statistics(source_url, vision, images=images))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(blob)
-    os.replace(file.name, path)
+    write_whole(path, save(feature_statistics(source_url, vision, images=images)))
 
 
 def _batches(source_url: str, vision: VisionConfig, images: int) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from data_pipeline.building.captions import read_captions
 from data_pipeline.building.config import BuildConfig
 from data_pipeline.building.documents import Captioned, Tally
 from data_pipeline.building.plan import Part
@@ -48,8 +49,13 @@ def _limit(config: BuildConfig) -> int:
     return config.image.max_bytes if config.kind == "pair" else config.video.max_bytes
 
 
-def _caption(text: bytes | None, record: bytes | None) -> tuple[str, str]:
+def _caption(text: bytes | None, record: bytes | None, *, first_line: bool) -> tuple[str, str]:
     """Return the caption and the address from the bytes of `.txt` and `.json`; either may be absent.
+
+    Args:
+        text: bytes of `.txt`.
+        record: bytes of `.json`.
+        first_line: leave out what stands below the first line of `.txt`.
 
     Raises:
         BadSampleError: "bad text", "bad document".
@@ -65,7 +71,10 @@ def _caption(text: bytes | None, record: bytes | None) -> tuple[str, str]:
     url = stored.get("url") or stored.get("videoLoc") or ""
     if text is not None:
         try:
-            return text.decode("utf-8"), url if isinstance(url, str) else ""
+            written = text.decode("utf-8")
+            if first_line:
+                written = written.partition("\n")[0]
+            return written, url if isinstance(url, str) else ""
         except UnicodeDecodeError as error:
             raise BadSampleError("bad text", f"not UTF-8: {error}") from error
     caption = stored.get("caption")
@@ -93,7 +102,7 @@ def _tar(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]:
             continue
         try:
             texts = [reader.get(e) if reader.has(e) else None for e in ("txt", "json")]
-            caption, url = _caption(*texts)
+            caption, url = _caption(*texts, first_line=config.caption.first_line)
         except BadSampleError as error:
             tally.drop(error.cause, place, error.detail)
             continue
@@ -109,7 +118,7 @@ def _tar(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]:
 
 
 def _files(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]:
-    """Read files that have their captions beside them."""
+    """Read files that have their captions beside them, or in a table."""
     folder, wanted = Folder(part.source), _wanted(config)
     for name in part.members:
         stem, _, extension = name.rpartition(".")
@@ -117,11 +126,17 @@ def _files(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]
             tally.drop("no medium", name, f"a .{extension} file")
             continue
         try:
-            texts = [
-                folder.read(f"{stem}.{e}", _MAX_TEXT) if folder.exists(f"{stem}.{e}") else None
-                for e in ("txt", "json")
-            ]
-            caption, url = _caption(*texts)
+            if config.captions:
+                table = read_captions(config.captions)
+                if name not in table:
+                    raise BadSampleError("no caption in the table")
+                caption, url = table[name], ""
+            else:
+                texts = [
+                    folder.read(f"{stem}.{e}", _MAX_TEXT) if folder.exists(f"{stem}.{e}") else None
+                    for e in ("txt", "json")
+                ]
+                caption, url = _caption(*texts, first_line=config.caption.first_line)
         except BadSampleError as error:
             tally.drop(error.cause, name, error.detail)
             continue
@@ -169,6 +184,7 @@ def _clips(part: Part, config: BuildConfig, tally: Tally) -> Iterator[Captioned]
             caption, url = _caption(
                 folder.read(text, _MAX_TEXT) if text else None,
                 folder.read(record, _MAX_TEXT) if record else None,
+                first_line=config.caption.first_line,
             )
         except BadSampleError as error:
             tally.drop(error.cause, clip, error.detail)

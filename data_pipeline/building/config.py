@@ -48,6 +48,10 @@ class TextConfig:
     """ISO 639-1 codes that are kept; empty keeps all."""
     min_language_probability: float = 0.5
     """Least probability of the detected language."""
+    explicit: bool = True
+    """Leave out explicit pages (paper), by listed words and by the host's name."""
+    max_explicit: float = 0.01
+    """Largest share of listed words of a page that is not explicit."""
     quality: bool = True
     """Apply the quality rules of MassiveWeb (Gopher, appendix A.1.1)."""
     repetition: bool = True
@@ -66,6 +70,8 @@ class TextConfig:
             raise ValueError(
                 f"text.min_language_probability {self.min_language_probability}: must lie in [0, 1]"
             )
+        if not 0 <= self.max_explicit <= 1:
+            raise ValueError(f"text.max_explicit {self.max_explicit}: must lie in [0, 1]")
         if not 0 <= self.min_words <= self.max_words or self.max_chars < 1:
             raise ValueError(
                 f"text.min_words {self.min_words}, text.max_words {self.max_words}, text.max_chars "
@@ -118,6 +124,8 @@ class CaptionConfig:
     """Least words."""
     max_chars: int = 2000
     """Most characters; a longer one is a page, not a caption."""
+    first_line: bool = False
+    """Only the first line of a `.txt` is the caption, as where translations stand below it."""
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes that are kept; empty keeps all. Detection is weak on a few words."""
 
@@ -204,6 +212,9 @@ class BuildConfig:
     images: tuple[str, ...] = ()
     """Where the images of obelics and mmc4 records lie: folders (a mirror host/path or the image's name), or
     tars and folders that img2dataset wrote. Nothing is ever fetched from the network."""
+    captions: str = ""
+    """pairs, videos: a table with the columns `file_name` (below the source) and `text` or `caption`, as
+    `metadata.jsonl` or `metadata.csv` of Hugging Face's ImageFolder; in place of files beside the media."""
     html: HtmlConfig = field(default_factory=HtmlConfig)
     """Reading of pages."""
     text: TextConfig = field(default_factory=TextConfig)
@@ -239,6 +250,11 @@ class BuildConfig:
         if self.images and self.input not in ("obelics", "mmc4"):
             raise ValueError(
                 f"images {self.images!r} with input {self.input!r}: only obelics and mmc4 take it"
+            )
+
+        if self.captions and self.input not in ("pairs", "videos"):
+            raise ValueError(
+                f"captions {self.captions!r} with input {self.input!r}: only pairs and videos take it"
             )
 
     @property

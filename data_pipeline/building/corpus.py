@@ -27,7 +27,7 @@ from data_pipeline.shards import INDEX_NAME, encode_index, side_name
 REPORT_NAME = "build.json"
 WORK_NAME = ".build"
 _STATE = "state.json"
-_LIBRARIES = ("selectolax", "py3langid", "warcio", "pillow", "av")
+_LIBRARIES = ("selectolax", "py3langid", "glin-profanity", "warcio", "pillow", "av")
 
 Step = Callable[[Any], int]
 Runner = Callable[[Step, list[Any], str, int], Iterable[int]]

@@ -56,7 +56,7 @@ class Filter:
         text = "\n\n".join(part for part in texts if part.strip())
         references = sum(isinstance(item, ImageItem) for item in document.items)
         tally.counts["images read"] += references
-        fault = text_fault(text, self._config.text) if text else ("no text", "")
+        fault = text_fault(text, self._config.text, document.url) if text else ("no text", "")
         if fault is not None:
             tally.drop(*_place(fault, document.locator))
             tally.counts["images of documents left out for their text"] += references

@@ -10,8 +10,10 @@ from typing import Any
 
 import fsspec
 
+from data_pipeline.building.captions import read_captions
 from data_pipeline.building.config import BuildConfig
 from data_pipeline.errors import MissingShardError
+from data_pipeline.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 FORMAT_VERSION = 1
 """Raise it when the same sources and configuration would give other bytes."""
@@ -63,7 +65,10 @@ def plan_parts(config: BuildConfig) -> list[Part]:
 
 def fingerprint(config: BuildConfig, parts: list[Part], versions: dict[str, str]) -> str:
     """Hash all that decides the bytes of the corpus."""
-    rows = (FORMAT_VERSION, config.identity(), [asdict(part) for part in parts], sorted(versions.items()))
+    rows: list[Any] = [FORMAT_VERSION, config.identity(), [asdict(part) for part in parts]]
+    rows.append(sorted(versions.items()))
+    if config.captions:
+        rows.append(sorted(read_captions(config.captions).items()))
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -71,8 +76,8 @@ def _wanted(config: BuildConfig) -> str:
     endings = {
         "html": " ".join(_PAGES),
         "frames": "folders of numbered frames, each with CLIP.txt beside it or caption.txt in it",
-        "pairs": ".tar or .parquet files, or images with .txt or .json beside them",
-        "videos": ".tar files, or clips with .txt or .json beside them",
+        "pairs": ".tar or .parquet files, or images with .txt or .json beside them or in a table (captions)",
+        "videos": ".tar files, or clips with .txt or .json beside them or in a table (captions)",
     }
     return endings.get(config.input) or " ".join(_ENDINGS[config.input])
 
@@ -99,6 +104,10 @@ def _pieces(config: BuildConfig, source: str) -> Iterator[dict[str, Any]]:
         for name, size in sizes.items():
             if name.endswith(_ENDINGS[config.input]):
                 yield from _file(fs, folder, name, size)
+    elif config.captions:
+        endings = IMAGE_EXTENSIONS if config.kind == "pair" else VIDEO_EXTENSIONS
+        media = {n: s for n, s in sizes.items() if n.rpartition(".")[2].lower() in endings}
+        yield from _groups(config, folder, media)
     else:
         yield from _captioned(config, fs, folder, sizes)
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from data_pipeline.building.config import CaptionConfig, TextConfig
+from data_pipeline.building.explicit import explicit_fault
 
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 MIN_STOP_WORDS = 2
@@ -31,12 +32,13 @@ _LETTERS = re.compile(r"[^\W\d_]")
 _DETECTED_CHARS = 4000
 
 
-def text_fault(text: str, config: TextConfig) -> tuple[str, str] | None:
+def text_fault(text: str, config: TextConfig, url: str = "") -> tuple[str, str] | None:
     """Return the first rule that a document breaks, with what was found, or None.
 
     Args:
         text: all text of the document.
         config: which rules hold.
+        url: address of the document, where it has one.
     """
     if len(text) > config.max_chars:
         return f"over {config.max_chars} characters", str(len(text))
@@ -47,6 +49,8 @@ def text_fault(text: str, config: TextConfig) -> tuple[str, str] | None:
     if config.languages and (
         fault := language_fault(text, config.languages, config.min_language_probability)
     ):
+        return fault
+    if config.explicit and (fault := explicit_fault(text, url, config)):
         return fault
     if config.quality and (fault := quality_fault(text, words, config)):
         return fault

@@ -7,7 +7,6 @@ import binascii
 import os
 import posixpath
 import re
-import uuid
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -17,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.building.documents import refuse
 from data_pipeline.errors import BadSampleError
+from data_pipeline.files import write_whole
 from data_pipeline.storage import Storage, StorageError
 
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+\-]+((?:;[a-z0-9=\-]+)*?)(;base64)?,", re.I)
@@ -25,12 +25,10 @@ _MAX_PATH = 1024
 
 def put_file(fs: Any, path: str, blob: bytes) -> None:
     """Write a file that is whole or absent, whenever the process is killed."""
-    if not isinstance(fs, LocalFileSystem):
+    if isinstance(fs, LocalFileSystem):
+        write_whole(path, blob)
+    else:
         fs.pipe_file(path, blob)  # object stores publish an object when it is complete
-        return
-    staging = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    fs.pipe_file(staging, blob)
-    os.replace(staging, path)
 
 
 def move_file(fs: Any, source: str, target: str) -> None:

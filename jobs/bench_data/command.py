@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.bench_data.corpus import write_corpus
-from jobs.bench_data.loaders import LOADERS, NEEDS, ON_RAY
+from jobs.bench_data.loaders import ALONE, LOADERS, NEEDS, ON_RAY
 from jobs.bench_data.measure import LoaderResult, LoaderTask
 from jobs.bench_data.seeks import SeekResult, measure_seek
 
@@ -87,7 +87,7 @@ def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Cons
     tasks = []
     for workers in config.workers:
         for loader in config.loaders:
-            if (workers == 0 and loader in ON_RAY) or (workers and loader == "ours"):
+            if (workers == 0 and loader in ON_RAY) or (workers and loader in ALONE):
                 continue
             if not _is_installed(NEEDS.get(loader, "data_pipeline")):
                 console.print(f"{loader}: not installed, left out")
@@ -171,8 +171,8 @@ def render(config: BenchConfig, results: list[LoaderResult], seeks: list[SeekRes
         f"--image-size {config.image_size} --repeats {config.repeats}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; JPEG 640 x 480, decoded "
-        f"and resized to {config.image_size} by the same function in every loader; tokens of the captions included; "
-        f"middle of {config.repeats} runs.",
+        f"and resized to {config.image_size} by the same function in every loader (ours_scaled: with jpeg_margin 1); "
+        f"tokens of the captions included; middle of {config.repeats} runs.",
         "",
         "| loader | version | workers | samples / s of CPU | samples / s | first batch, s | at 90%, s | resumes by |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def _tars(task: LoaderTask) -> list[str]:
     return sorted(str(path) for path in Path(task.shards).glob("*.tar"))
 
 
-def _dataset(task: LoaderTask) -> DatasetConfig:
+def _dataset(task: LoaderTask, **changes: Any) -> DatasetConfig:
     return DatasetConfig(
+        **changes,
         name="bench",
         kind="pair",
         urls=(task.shards,),
@@ -70,12 +71,20 @@ class Ours(Reading):
     """Our reader in the measured process."""
 
     package, resume_kind = "flamingo-dist", "exact"
+    changes: Mapping[str, Any] = {}
+    """Settings that differ from what all loaders do."""
 
     def start(self, skip: int) -> Iterator[int]:
         """See `Reading.start`."""
-        feed = LocalFeed([_dataset(self.task)], TokenizerConfig(), seed=0)
+        feed = LocalFeed([_dataset(self.task, **self.changes)], TokenizerConfig(), seed=0)
         for step in range(skip // self.task.batch_size, self.task.samples // self.task.batch_size):
             yield len(feed.next(step)["bench"].keys)
+
+
+class OursScaled(Ours):
+    """The same with JPEGs shrunk by the decoder: not the same pixels, and a row of its own therefore."""
+
+    changes: Mapping[str, Any] = {"jpeg_margin": 1.0}
 
 
 class OursOnRay(Reading):
@@ -291,6 +300,7 @@ class RayData(Reading):
 
 LOADERS: dict[str, Callable[[LoaderTask], Reading]] = {
     "ours": Ours,
+    "ours_scaled": OursScaled,
     "ours_on_ray": OursOnRay,
     "webdataset": WebDataset,
     "mosaicml_streaming": Mosaic,
@@ -304,5 +314,7 @@ NEEDS = {
     "ray_data": "ray.data",
 }
 """Module that must be there, by loader."""
+ALONE = ("ours", "ours_scaled")
+"""Loaders that have no worker processes of their own; as Ray actors they are `ours_on_ray`."""
 ON_RAY = ("ours_on_ray", "ray_data")
 """Loaders that have no mode without worker processes."""

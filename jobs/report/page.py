@@ -5,10 +5,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_whole
 from jobs.console import duration
 from jobs.report.figures import FIGURES
 from jobs.report.pictures import samples_section
-from jobs.report.read import Run, read_run, write_text
+from jobs.report.read import Run, read_run
 from jobs.report.style import CSS
 from jobs.report.summary import PROBE_KINDS, summarise
 
@@ -24,7 +25,7 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(run_dir)
     path = run.folder / "report.html"
-    write_text(path, render(run))
+    write_whole(path, render(run).encode())
     return path
 
 

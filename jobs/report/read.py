@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,7 @@ def read_run(folder: Path | str) -> Run:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any parser reads (numbers that are not finite become null), whole or not at all."""
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

@@ -17,8 +17,10 @@ FAULTS = ("503", "reset", "cut", "cut without a length", "whole file", "slow")
 class FlakyServer:
     """Serves the files of a folder; of every two requests one meets a fault, by a seeded draw."""
 
-    def __init__(self, folder: Path, *, faults: tuple[str, ...] = FAULTS, share: float = 0.5) -> None:
-        self.folder, self.faults, self.share = folder, faults, share
+    def __init__(
+        self, folder: Path, *, faults: tuple[str, ...] = FAULTS, share: float = 0.5, most: int = 1 << 30
+    ) -> None:
+        self.folder, self.faults, self.share, self.most = folder, faults, share, most
         self.met: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.bytes_sent = 0
@@ -54,7 +56,8 @@ class FlakyServer:
     def fault(self, path: str) -> str:
         with self._lock:
             self.requests[path] += 1
-            chosen = self._draw.choice(self.faults) if self._draw.random() < self.share else ""
+            wanted = self._draw.random() < self.share and self.met.total() - self.met[""] < self.most
+            chosen = self._draw.choice(self.faults) if wanted else ""
             self.met[chosen] += 1
             return chosen
 
@@ -76,6 +79,8 @@ class FlakyServer:
         part = body[start:stop]
         if fault == "slow":
             time.sleep(0.05)
+        elif fault == "minutes":
+            time.sleep(300)
         elif fault == "503":
             handler.send_error(503)
             return

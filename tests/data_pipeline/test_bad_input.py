@@ -97,6 +97,16 @@ def test_a_bad_sample_empties_its_slot_only(tmp_path: Path, name: str) -> None:
             {"json": json.dumps({"items": [{"text": "x"}, {"image": "0.png"}]}).encode(), "0.png": b"x"},
             "corrupt image",
         ),
+        (  # the good image before the bad one goes too
+            {
+                "json": json.dumps(
+                    {"items": [{"image": "0.png"}, {"image": "1.png"}, {"text": "x"}]}
+                ).encode(),
+                "0.png": picture(1),
+                "1.png": b"x",
+            },
+            "corrupt image",
+        ),
     ],
 )
 def test_bad_documents(tmp_path: Path, members: dict[str, bytes], cause: str) -> None:

@@ -63,7 +63,9 @@ class Cluster:
         self.readers = [self._start() for _ in range(readers)]
 
     def _start(self) -> Reader:
-        return Reader((self.config,), TOK, self.seed, {self.config.name: self.index})
+        reader = Reader((self.config,), self.seed)
+        reader.open_streams(TOK, {self.config.name: self.index})
+        return reader
 
     def kill(self, reader: int) -> None:
         self.readers[reader % len(self.readers)] = self._start()

@@ -64,6 +64,40 @@ def test_flip_moves_left_to_right_and_rotation_of_cameras_is_undone() -> None:
     assert turned[0, 8, 15] > 200 > turned[0, 8, 0]
 
 
+def photo(width: int, height: int) -> bytes:
+    """A JPEG with fine and coarse detail."""
+    rng = np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((width, height))
+    grain = rng.normal(0, 6, (height, width, 1))
+    pixels = np.clip(np.asarray(coarse, np.float32) + grain, 0, 255).astype(np.uint8)
+    return encode(Image.fromarray(pixels), "JPEG", quality=90)
+
+
+def test_jpegs_are_shrunk_by_the_decoder_as_far_as_the_margin_allows() -> None:
+    """Against whole decoding: nearer than another resampling filter is, and not at all without room for it."""
+    blob = photo(320, 240)
+    whole, scaled = (decode_image(blob, MediaConfig(image_size=112, jpeg_margin=m)) for m in (0, 1))
+    assert not np.array_equal(whole, scaled)
+    assert np.abs(whole.astype(int) - scaled).mean() < 1.5
+    # 240 is less than twice 2 * 112: with the default margin the picture is decoded whole.
+    assert np.array_equal(whole, decode_image(blob, MediaConfig(image_size=112)))
+    assert np.array_equal(whole, decode_image(blob, MediaConfig(image_size=112, jpeg_margin=1.1)))
+    large = photo(960, 720)
+    modes = [decode_image(large, MediaConfig(image_size=112, jpeg_margin=m)) for m in (0, 2)]
+    assert not np.array_equal(*modes)
+
+
+def test_media_are_written_where_they_are_wanted() -> None:
+    room_F3HW = np.full((3, 3, 16, 16), 7, np.uint8)
+    blob, config = picture(200, (40, 20)), MediaConfig(image_size=16, video_fps=None)
+    assert decode_image(blob, config, None, room_F3HW[1]) is not None
+    assert np.array_equal(room_F3HW[1], decode_image(blob, config))
+    assert (room_F3HW[[0, 2]] == 7).all()
+    clip = clip_webp(2)
+    decode_video(clip, "webp", 3, config, Augmentation(flip=True), room_F3HW)
+    assert np.array_equal(room_F3HW, decode_video(clip, "webp", 3, config, Augmentation(flip=True)))
+
+
 def test_augmentation_draws() -> None:
     rng = np.random.default_rng(0)
     draws = [draw_augmentation(MediaConfig(hflip_p=0.5, colour_jitter=0.2), rng) for _ in range(400)]
@@ -143,7 +177,10 @@ def test_features() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"image_size": 0}, {"pad_colour": (1, 2)}, {"video_fps": 0.0}, {"hflip_p": 1.5}, {"colour_jitter": 1.0}],
+    [
+        *({"image_size": 0}, {"pad_colour": (1, 2)}, {"video_fps": 0.0}, {"hflip_p": 1.5}),
+        *({"colour_jitter": 1.0}, {"jpeg_margin": 0.5}),
+    ],
 )
 def test_bad_settings(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -218,7 +218,8 @@ def test_readers_do_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"readers": 0}, {"prefetch": -1}, {"timeout_s": 0}, {"cpus_per_reader": -1}]
+    "changes",
+    [{"readers": 0}, {"prefetch": -1}, {"timeout_s": 0}, {"cpus_per_reader": -1}, {"slow_after": 0.5}],
 )
 def test_bad_settings(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -55,6 +57,19 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def gcs() -> Iterator[str]:
+    """Endpoint of a Google Cloud Storage server in this process, over real sockets."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
 def config(url: str, **changes: Any) -> DatasetConfig:
     return pairs_config(url, **({"batch_size": 8, "read_attempts": 12} | changes))
 
@@ -70,15 +85,18 @@ def assert_one_epoch(stream: DatasetStream, local: DatasetStream) -> None:
     assert sorted(keys) == [f"p{i:03d}" for i in range(COUNT)]
 
 
-def test_s3_with_an_endpoint(corpus: Path, s3: str, tmp_path: Path) -> None:
-    import s3fs
-
-    options = json.dumps({"endpoint_url": s3})
-    fs = s3fs.S3FileSystem(endpoint_url=s3)
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_object_stores_with_an_endpoint(
+    scheme: str, corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    endpoint = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
+    options = json.dumps({"endpoint_url": endpoint})
+    fs = fsspec.filesystem(scheme, endpoint_url=endpoint)
     fs.mkdir("corpora")
-    fs.put(str(corpus), "corpora/pairs", recursive=True)
+    for file in sorted(corpus.iterdir()):
+        fs.pipe_file(f"corpora/pairs/{file.name}", file.read_bytes())
     local = DatasetStream(config(str(corpus)), TOK, 3)
-    for url in ("s3://corpora/pairs", "s3://corpora/pairs/*.tar"):
+    for url in (f"{scheme}://corpora/pairs", f"{scheme}://corpora/pairs/*.tar"):
         for folder in ("", str(tmp_path / "cache")):
             remote = DatasetStream(
                 config(url, storage_options=options, cache_folder=folder, threads=2), TOK, 3
@@ -87,7 +105,8 @@ def test_s3_with_an_endpoint(corpus: Path, s3: str, tmp_path: Path) -> None:
             assert_one_epoch(remote, local)
     # Without an index the tars are scanned in place.
     fs.rm([p for p in fs.ls("corpora/pairs") if p.endswith(".json")])
-    bare = DatasetStream(config("s3://corpora/pairs", storage_options=options), TOK, 3)
+    fs.invalidate_cache()
+    bare = DatasetStream(config(f"{scheme}://corpora/pairs", storage_options=options), TOK, 3)
     assert bare.describe()["shards"] == local.describe()["shards"]
     assert_one_epoch(bare, local)
     fs.rm("corpora/pairs/shard-000001.tar")

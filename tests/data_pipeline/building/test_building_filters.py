@@ -20,6 +20,7 @@ from data_pipeline.building.config import (
 )
 from data_pipeline.building.dedup import near_duplicates, signature, similarity
 from data_pipeline.building.documents import clean_text, sample_key
+from data_pipeline.building.explicit import explicit_fault
 from data_pipeline.building.images import HashIndex, check_image, perceptual_hash
 from data_pipeline.building.quality import caption_fault, language_fault, repetition_fault, text_fault
 from data_pipeline.errors import BadSampleError
@@ -138,6 +139,43 @@ def test_languages() -> None:
     assert language_fault(german, ("en", "de"), 0.5) is None
     assert language_fault(GOOD, ("en",), 1.0) in (None, ("language uncertain", "en (1.00)"))
     assert language_fault("xq zv", ("en", "und"), 0.99) is not None
+
+
+def lewd(share: float, terms: tuple[str, ...] = ("porn", "blow job", "tits")) -> str:
+    """English of which about this share are listed words."""
+    words = english(3, 20).split()
+    listed = " ".join(terms).split()
+    count = round(share * len(words) / (1 - share) / len(listed))
+    return " ".join(words + listed * count)
+
+
+def test_explicit_pages() -> None:
+    assert fault(lewd(0.03)) == "explicit text"
+    assert fault(lewd(0.03), explicit=False) == ""
+    assert fault(lewd(0.008)) == "", "a page is explicit that is full of such words, not one that has some"
+    assert fault(lewd(0.03), max_explicit=0.05) == ""
+    assert fault(lewd(0.03, ("rape", "rape", "rape"))) == "", "a report of one crime"
+    assert fault("Essex, Scunthorpe, assassins and analysts of the cockpit. " + english(1)) == ""
+    german = ("Arschloch", "ficken", "Titten")
+    assert explicit_fault(lewd(0.03, german), "", TextConfig(languages=("de",))) is not None
+    assert explicit_fault(lewd(0.03, german), "", TEXT) is None
+    assert explicit_fault(lewd(0.03, german), "", TextConfig(languages=())) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "explicit"),
+    [
+        ("www.hotporn.example", True),
+        ("free-sex.example", True),
+        ("sussex.example", False),
+        ("escort-cars.example", False),
+        ("", False),
+    ],
+)
+def test_explicit_addresses(host: str, explicit: bool) -> None:
+    found = text_fault(english(2), TEXT, f"https://{host}/page.html?sex=f" if host else "")
+    assert (found is not None and found[0] == "explicit address") == explicit
+    assert text_fault(english(2), TextConfig(explicit=False), f"https://{host}/") is None
 
 
 def test_captions() -> None:
@@ -285,6 +323,7 @@ def test_keys_and_text_are_safe() -> None:
         (lambda: HtmlConfig(max_bytes=0), "at least 1"),
         (lambda: TextConfig(languages="en"), "give a tuple"),  # type: ignore[arg-type]
         (lambda: TextConfig(min_language_probability=2), r"\[0, 1\]"),
+        (lambda: TextConfig(max_explicit=-0.1), r"\[0, 1\]"),
         (lambda: TextConfig(min_words=9, max_words=3), "min_words <= max_words"),
         (lambda: ImageConfig(max_aspect=0.5), "at least 1"),
         (lambda: ImageConfig(min_bytes=9, max_bytes=3), "at most max_bytes"),

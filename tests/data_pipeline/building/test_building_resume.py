@@ -211,6 +211,7 @@ def test_the_report_holds_what_decides_the_bytes(tree: Path, tmp_path: Path) -> 
         "minhash",
         "selectolax",
         "py3langid",
+        "glin-profanity",
         "warcio",
         "pillow",
         "av",
