@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `recipes`."""
+"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `doctor`, `recipes`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +62,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return plan(arguments)
 
+    def doctor(arguments: list[str]) -> int:
+        from jobs.doctor.command import doctor
+
+        return doctor(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -77,6 +82,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
+        "doctor": (
+            doctor,
+            "check a machine or an allocation before a run: flamingo doctor RECIPE [overrides]",
+        ),
         "recipes": (recipes, "list the recipes"),
     }
 
