@@ -74,9 +74,8 @@ def _compare(run: RunConfig, dataset: DatasetConfig, index: ShardIndex, check: s
         )
     if samples < dataset.batch_size:
         remedy = f"lower batch_size of {dataset.name} to at most {samples}, or add data"
-        say = warn if dataset.mode == "eval" else fail
         found.append(
-            say(
+            warn(
                 check, f"{says}: fewer than the batch of {dataset.batch_size}, so a step repeats some", remedy
             )
         )
@@ -89,8 +88,7 @@ def _compare(run: RunConfig, dataset: DatasetConfig, index: ShardIndex, check: s
 def _check_shards(run: RunConfig, dataset: DatasetConfig, shards: int, check: str) -> list[Finding]:
     """Check the number of shards against readers, ranks and the shuffle.
 
-    Any reader may read any sample, so a run with few shards is right; but it reads from few objects at once, and
-    the window that mixes samples holds all there is.
+    Any reader may read any sample, so a run with few shards is right; but all then read from few objects at once.
     """
     readers, ranks = run.data.readers.readers, run.resources.workers // run.parallel.tensor
     busy = max(readers, ranks)
@@ -99,13 +97,6 @@ def _check_shards(run: RunConfig, dataset: DatasetConfig, shards: int, check: st
         remedy = f"write smaller shards, {busy} or more, or lower --data.readers.readers"
         says = f"{shards} shards for {readers} readers and {ranks} data-parallel ranks: several read one object at once"
         return [warn(check, says, remedy)]
-    if dataset.shuffle and 1 < shards < dataset.shuffle_shards:
-        return [
-            ok(
-                check,
-                f"{shards} shards, fewer than shuffle_shards={dataset.shuffle_shards}: all are mixed at once",
-            )
-        ]
     return []
 
 

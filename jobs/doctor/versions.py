@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 from jobs.doctor.findings import Finding, fail, ok
@@ -27,9 +26,7 @@ def requirements(pyproject: Path = PYPROJECT) -> list[Requirement]:
             text for text in metadata.requires(PROJECT) or [] if not re.search(r";.*\bextra\s*==", text)
         ]
     found = [Requirement(text) for text in stated]
-    # "extra" is no variable of an ordinary environment.
-    environment = {**default_environment(), "extra": ""}
-    return [each for each in found if each.marker is None or each.marker.evaluate(environment)]
+    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def installed(names: Sequence[str]) -> dict[str, str]:
