@@ -22,6 +22,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def offered(environment: Mapping[str, str]) -> int:
+    """Return the CPUs that Ray will offer here: those of the SLURM job, as train.sbatch tells it, or of the machine."""
+    return int(environment.get("SLURM_CPUS_ON_NODE") or cores())
+
+
 def check_host(needs: Needs, environment: Mapping[str, str]) -> list[Finding]:
     """Make all checks of this module on this node."""
     limit, memory = memory_limit(), psutil.virtual_memory()
@@ -32,7 +37,7 @@ def check_host(needs: Needs, environment: Mapping[str, str]) -> list[Finding]:
         check_open_files(),
         *check_locked_memory(needs),
         check_threads(needs, environment),
-        *check_slurm(environment, cores()),
+        *check_slurm(environment, cores(), os.cpu_count() or 1),
         *check_buffering(environment),
     ]
 
@@ -134,7 +139,7 @@ def check_threads(needs: Needs, environment: Mapping[str, str]) -> Finding:
     )
 
 
-def check_slurm(environment: Mapping[str, str], usable: int) -> list[Finding]:
+def check_slurm(environment: Mapping[str, str], usable: int, machine: int) -> list[Finding]:
     """Check SLURM's hints about hardware threads, and how many of the job's CPUs a step may use.
 
     A hint binds tasks to some of the hardware threads; IDEFICS ran ten times slower under one.
@@ -142,6 +147,7 @@ def check_slurm(environment: Mapping[str, str], usable: int) -> list[Finding]:
     Args:
         environment: environment variables.
         usable: CPUs that this process may use.
+        machine: CPUs that the machine has.
     """
     if "SLURM_JOB_ID" not in environment:
         return []
@@ -159,7 +165,7 @@ def check_slurm(environment: Mapping[str, str], usable: int) -> list[Finding]:
             )
         )
     job = int(environment.get("SLURM_CPUS_ON_NODE", "0") or 0)
-    if usable < job:
+    if usable < min(job, machine):
         found.append(
             fail(
                 "SLURM CPUs",
@@ -167,6 +173,9 @@ def check_slurm(environment: Mapping[str, str], usable: int) -> list[Finding]:
                 "start steps with --cpu-bind=none (train.sbatch does) and --cpus-per-task",
             )
         )
+    elif machine < job:
+        remedy = "correct CPUs= of this node in slurm.conf: processes will share cores"
+        found.append(warn("SLURM CPUs", f"SLURM gives {job} CPUs of a node that has {machine}", remedy))
     elif job:
         found.append(ok("SLURM CPUs", f"a step may use {usable} CPUs, the job has {job} of this node"))
     return found

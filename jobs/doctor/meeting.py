@@ -63,7 +63,11 @@ class Meeting:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Answer one caller's questions; whoever does not greet is left alone."""
+        """Answer one caller's questions until it hangs up; whoever does not greet is left alone.
+
+        A caller counts once it has heard all that it asked for: who waits for callers may end right after it.
+        """
+        node = None
         with connection, connection.makefile("rw") as lines:
             connection.settimeout(10)
             try:
@@ -75,11 +79,13 @@ class Meeting:
                     answer = {"greeting": GREETING, "received": received, "sent": self._now()}
                     lines.write(json.dumps(answer) + "\n")
                     lines.flush()
-                    with self._changed:
-                        self.callers.add(str(question["node"]))
-                        self._changed.notify_all()
+                    node = str(question["node"])
             except (OSError, ValueError, KeyError):
                 return
+        if node is not None:
+            with self._changed:
+                self.callers.add(node)
+                self._changed.notify_all()
 
 
 def listen(address: str, port: int, *, now: Callable[[], float] = time.time) -> Meeting:

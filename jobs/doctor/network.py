@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,6 +176,6 @@ def port_in_use(address: str, port: int, error: OSError) -> Finding:
     held = f", held by {', '.join(sorted(owners))}" if owners else ""
     return fail(
         "master port",
-        f"{address}:{port} cannot be listened on ({error.strerror or error}){held}",
+        f"{address}:{port} cannot be listened on ({os.strerror(error.errno or 0)}){held}",
         "end that process, or choose another port: FLAMINGO_RAY_PORT (or --master-port)",
     )

@@ -15,7 +15,7 @@ from jobs.doctor.clocks import check_synchronised, synchronised
 from jobs.doctor.disk import check_caches, check_shared, check_temporary
 from jobs.doctor.findings import Finding, fail, ok
 from jobs.doctor.gpus import check_gpus, present
-from jobs.doctor.host import check_host, cores
+from jobs.doctor.host import check_host, offered
 from jobs.doctor.meeting import Meeting, NotTheDoctorError, call, listen
 from jobs.doctor.network import check_interfaces, check_master_variables, check_nccl, interfaces, port_in_use
 from jobs.doctor.report import Clock, Needs, NodeReport
@@ -61,7 +61,7 @@ def examine(
     return NodeReport(
         node=node,
         host=socket.gethostname(),
-        cores=cores(),
+        cores=offered(environment),
         gpus=gpus,
         versions=versions,
         clock=clock,

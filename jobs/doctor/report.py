@@ -76,7 +76,7 @@ class NodeReport:
     host: str
     """The machine's own name; nodes of a test may share one."""
     cores: int
-    """CPUs that a process may use here."""
+    """Logical CPUs that Ray offers, or would offer, here."""
     gpus: tuple[GPUFacts, ...] = ()
     """GPUs that a process may use here."""
     versions: dict[str, str] = field(default_factory=dict)

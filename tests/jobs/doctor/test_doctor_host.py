@@ -67,11 +67,12 @@ def test_threads_that_have_no_effect():
 
 
 def test_slurm_hints_and_bindings():
-    assert host.check_slurm({"SLURM_HINT": "nomultithread"}, 1) == []
+    assert host.check_slurm({"SLURM_HINT": "nomultithread"}, 1, 96) == []
     job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "96"}
-    assert [f.level for f in host.check_slurm(job, 96)] == ["ok"]
-    found = host.check_slurm({**job, "SLURM_HINT": "nomultithread", "SLURM_THREADS_PER_CORE": "1"}, 1)
+    assert [f.level for f in host.check_slurm(job, 96, 192)] == ["ok"]
+    found = host.check_slurm({**job, "SLURM_HINT": "nomultithread", "SLURM_THREADS_PER_CORE": "1"}, 1, 96)
     assert [(f.check, f.level) for f in found] == [("SLURM hints", "warn"), ("SLURM CPUs", "fail")]
+    assert [f.level for f in host.check_slurm(job, 48, 48)] == ["warn"], "SLURM claims more than there is"
     assert "unset SLURM_HINT SLURM_THREADS_PER_CORE" in found[0].remedy
     assert "96 CPUs of this node, a step may use 1" in found[1].says
 
