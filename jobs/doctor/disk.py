@@ -3,7 +3,7 @@
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,6 +64,17 @@ def bytes_below(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def check_paths(paths: Sequence[str]) -> list[Finding]:
+    """Check that this node sees the local files and folders that the run reads."""
+    if not paths:
+        return []
+    lacking = [path for path in paths if not os.access(path, os.R_OK)]
+    if lacking:
+        remedy = "put them on a file system that all nodes share, or copy them to each node"
+        return [fail("files", f"cannot be read here: {', '.join(lacking)}", remedy)]
+    return [ok("files", f"{len(paths)} local files and folders can be read")]
 
 
 def check_caches(caches: Mapping[str, int]) -> list[Finding]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.doctor.clocks import check_synchronised, synchronised
-from jobs.doctor.disk import check_caches, check_shared, check_temporary
+from jobs.doctor.disk import check_caches, check_paths, check_shared, check_temporary
 from jobs.doctor.findings import Finding, fail, ok
 from jobs.doctor.gpus import check_gpus, present
 from jobs.doctor.host import check_host, offered
@@ -51,6 +51,7 @@ def examine(
     found += check_master_variables(environment)
     found.append(check_synchronised(synchronised()))
     found.append(check_temporary(Path(environment.get("FLAMINGO_RAY_TMP") or tempfile.gettempdir())))
+    found += check_paths(needs.paths)
     found += check_caches(needs.caches)
     if needs.use_gpu:
         import torch

@@ -29,6 +29,8 @@ class Needs:
     """Run folder."""
     mark: str = ""
     """Text of the file in the run folder that every node has to see; "" where there is one node."""
+    paths: tuple[str, ...] = ()
+    """Local files and folders that every node reads."""
     caches: dict[str, int] = field(default_factory=dict)
     """Folders on a node's own disk that data sets cache in, and how many bytes each may grow to."""
     meeting: tuple[str, int] | None = None
@@ -45,7 +47,8 @@ class Needs:
         """Read what `to_json` wrote."""
         values = json.loads(text)
         meeting = values.pop("meeting")
-        return cls(**values, meeting=None if meeting is None else (meeting[0], meeting[1]))
+        paths = tuple(values.pop("paths"))
+        return cls(**values, paths=paths, meeting=None if meeting is None else (meeting[0], meeting[1]))
 
 
 @dataclass(frozen=True, kw_only=True)

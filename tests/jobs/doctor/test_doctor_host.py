@@ -114,6 +114,13 @@ def test_a_mark_that_this_node_does_not_see(tmp_path):
     assert not (tmp_path / "runs").exists(), "the doctor leaves nothing behind"
 
 
+def test_files_that_this_node_does_not_see(tmp_path):
+    assert disk.check_paths([]) == []
+    assert disk.check_paths([str(tmp_path)])[0].level == "ok"
+    (finding,) = disk.check_paths([str(tmp_path), str(tmp_path / "weights.gguf")])
+    assert (finding.level, finding.says) == ("fail", f"cannot be read here: {tmp_path}/weights.gguf")
+
+
 def test_caches_and_temporary_folder(tmp_path):
     free = disk.free_bytes(tmp_path)
     levels = [f.level for f in disk.check_caches({str(tmp_path): free // 2, str(tmp_path / "new"): 2 * free})]

@@ -123,6 +123,15 @@ def test_needs_grow_with_what_they_follow_from():
     assert needs.needs_of(replace(run, data=replace(run.data, train=train)), 1, "x").caches == {"/disk": 123}
 
 
+def test_local_files_are_wanted_on_every_node():
+    run = smoke()
+    pairs = replace(run.data.train["pairs"], urls=("/a/x-{00..09}.tar", "s3://b/c", "/d"))
+    data = replace(run.data, train={"pairs": pairs}, held_out={})
+    lm = replace(run.model.lm, weights="/w.gguf")
+    wanted = needs.local_paths(replace(unchecked(run), data=data, model=replace(run.model, lm=lm)))
+    assert wanted == ("/w.gguf", "/a", "/d")
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the smoke recipe's data that a test may spoil."""
