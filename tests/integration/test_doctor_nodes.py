@@ -59,10 +59,8 @@ def test_an_occupied_port_and_a_hint_of_slurm_are_told_of_their_nodes(
 ) -> None:
     with socket.create_server(("127.0.0.1", lasting_port())) as occupied:
         port = str(occupied.getsockname()[1])
-        result = run_job(
-            *(slurm, tmp_path, "--quiet", "--seconds", "5"),
-            **{"FLAMINGO_RAY_PORT": port, "SLURM_HINT": "nomultithread", "PYTHONUNBUFFERED": ""},
-        )
+        given = {"FLAMINGO_RAY_PORT": port, "SLURM_HINT": "nomultithread", "PYTHONUNBUFFERED": ""}
+        result = run_job(slurm, tmp_path, "--quiet", "--seconds", "5", **given)
     assert (result.state, result.exit_code) == ("FAILED", "1:0"), result.output
     assert f"fail  master port [n1]: 127.0.0.1:{port} cannot be listened on" in result.output, result.output
     assert "fail  master reachable [n2]" in result.output, result.output

@@ -96,7 +96,16 @@ def test_the_doctor_looks_at_every_node_of_a_running_cluster(
     cluster: tuple[str, list[Path], dict[str, str]], tmp_path: Path
 ) -> None:
     address, _, environment = cluster
-    command = [sys.executable, "-m", "flamingo_dist.cli", "doctor", "smoke", "--ray-address", address, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "flamingo_dist.cli",
+        "doctor",
+        "smoke",
+        "--ray-address",
+        address,
+        "--json",
+    ]
     command += ["--runs-dir", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
