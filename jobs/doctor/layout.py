@@ -112,8 +112,8 @@ def check_processes(run: RunConfig, nodes: Sequence[NodeReport], *, own_ray: boo
         found.append(
             fail(
                 "CPUs",
-                f"training processes and readers reserve {wanted:g} CPUs, the {len(nodes)} nodes have {cores}: Ray "
-                "would wait for the missing ones for ever",
+                f"training processes and readers reserve {wanted:g} CPUs, {_of(nodes)} {cores}: Ray would "
+                "wait for the missing ones for ever",
                 "lower --resources.cpus-per-worker or --data.readers.readers, or take more nodes",
             )
         )
@@ -130,6 +130,10 @@ def check_processes(run: RunConfig, nodes: Sequence[NodeReport], *, own_ray: boo
     return found
 
 
+def _of(nodes: Sequence[NodeReport]) -> str:
+    return "this node has" if len(nodes) == 1 else f"the {len(nodes)} nodes have"
+
+
 def _check_gpus(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
     """Check the number of GPUs, and that tensor-parallel groups stay inside a node."""
     world, tensor = run.resources.workers, run.parallel.tensor
@@ -140,7 +144,7 @@ def _check_gpus(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
         return [
             fail(
                 "GPUs",
-                f"the run has {world} training processes, one a GPU; {len(nodes)} nodes have {there} GPUs",
+                f"the run has {world} training processes, one a GPU; {_of(nodes)} {there} GPUs",
                 f"take more nodes, or set {advice}",
             )
         ]

@@ -182,7 +182,7 @@ def xattn_forward(
     out += tl.cast(head, tl.int64) * o_h
     q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
     out_rows = out + tl.cast(sample, tl.int64) * o_b
-    for first in range(lo, hi, BLOCK_M):
+    for first in tl.range(lo, hi, BLOCK_M, disable_licm=True):
         inside = row < hi - first
         t = tl.cast(first - sample * T, tl.int64)
         q1 = load_tile(q + t * q_t, row, inside, q_t, 0, K, K1)
