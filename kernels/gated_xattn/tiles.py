@@ -3,8 +3,8 @@
 Chosen by compiled figures (`kernels.testing.dry`), not by a timing. The kernels wait for memory and a program handles
 a tile or two, so what counts is how many programs share a processor: their loads overlap with the others' arithmetic.
 None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and 3.7.1.
-bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 128 registers, four programs; backward 32 x 8 warps capped at
-128 registers, two programs (uncapped, or with 64 rows, it takes 190 to 255 registers, and one program fits).
+bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 32 x 8 warps capped at
+128 registers, two programs (uncapped it takes 163, with 64 rows 215, and one program fits).
 """
 
 from dataclasses import dataclass
