@@ -82,7 +82,9 @@ def _compare(run: RunConfig, dataset: DatasetConfig, index: ShardIndex, check: s
     if dataset.mode == "train":
         readers, ranks = run.data.readers.readers, run.resources.workers // run.parallel.tensor
         epochs = run.train.steps * dataset.batch_size / samples
-        says += f" for {readers} readers and {ranks} data-parallel ranks; {epochs:.2g} epochs in {run.train.steps} steps"
+        says += (
+            f" for {readers} readers and {ranks} data ranks; {epochs:.2g} epochs in {run.train.steps} steps"
+        )
         found += _check_shards(run, dataset, shards, check)
     return found if any(f.level != "ok" for f in found) else [ok(check, says)]
 
