@@ -63,6 +63,8 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
     # Two halves of 64 keep one half of the output in registers at a time.
     forward = Tile(64, 4, (64, 64) if width == 128 else parts)
     if latents > 64:
+        if family == 80 and width == 96:  # 64 rows take 8 bytes of stack with Triton 3.6.0
+            forward = Tile(32, 4, parts)
         if family == 80 and padded[1]:  # without wgmma two parts spill; one part of padded width does not
             padded = (128, 0)
         return forward, Tile(16 if padded[1] else 32, 8, padded)
