@@ -77,6 +77,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return dryrun(arguments)
 
+    def doctor(arguments: list[str]) -> int:
+        from jobs.doctor.command import doctor
+
+        return doctor(arguments)
+
     def recipes(arguments: list[str]) -> int:
         from jobs.commands import recipes
 
@@ -100,6 +105,10 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         "dryrun": (
             dryrun,
             "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8",
+        ),
+        "doctor": (
+            doctor,
+            "check a machine or an allocation before a run: flamingo doctor RECIPE [overrides]",
         ),
         "recipes": (recipes, "list the recipes"),
     }

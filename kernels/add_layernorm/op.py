@@ -138,12 +138,8 @@ def launch_forward(
     y, z = x.new_empty(x.shape), x.new_empty(x.shape, dtype=weight_D.dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows > 0:
-        block, warps = _row_block(width)
-        gate = weight_D if gate_D is None else gate_D
-        kernel.forward_kernel[(rows,)](
-            x, a, weight_D, bias_D, gate, y, z, mean, rstd, eps,
-            D=width, BLOCK_D=block, HAS_GATE=gate_D is not None, num_warps=warps,
-        )  # fmt: skip
+        gate, constants = _common(weight_D, gate_D)
+        kernel.forward_kernel[(rows,)](x, a, weight_D, bias_D, gate, y, z, mean, rstd, eps, **constants)
     return y, z, mean, rstd
 
 
@@ -163,34 +159,17 @@ def launch_backward(
     """
     width = y.shape[-1]
     rows = y.numel() // width
-    block, warps = _row_block(width)
-    programs = programs_for(rows, warps)
-    rows_a_program = -(-rows // programs)
+    gate, constants = _common(weight_D, gate_D)
+    programs = programs_for(rows, constants["num_warps"])
     separate = _separate(y, a, gate_D)
     dx = y.new_empty(y.shape)
     da = a.new_empty(a.shape if separate else (0,))
     partials = y.new_empty((2 if gate_D is None else 3, programs, width), dtype=torch.float32)
     kernel.backward_kernel[(programs,)](
-        dy.contiguous(),
-        dz.contiguous(),
-        y,
-        y if gate_D is None else a.contiguous(),
-        weight_D,
-        weight_D if gate_D is None else gate_D,
-        mean,
-        rstd,
-        dx,
-        da if separate else dx,
-        partials,
-        rows,
-        rows_a_program,
-        D=width,
-        BLOCK_D=block,
-        HAS_GATE=gate_D is not None,
-        SEPARATE=separate,
-        STAGES=2,
-        num_warps=warps,
-    )
+        dy.contiguous(), dz.contiguous(), y, y if gate_D is None else a.contiguous(), weight_D, gate, mean, rstd,
+        dx, da if separate else dx, partials, rows, -(-rows // programs),
+        SEPARATE=separate, STAGES=2, **constants,
+    )  # fmt: skip
     return dx, da, partials.sum(1)
 
 
@@ -211,7 +190,18 @@ def _separate(y: Tensor, a: Tensor, gate_D: Tensor | None) -> bool:
     return gate_D is not None or a.dtype != y.dtype
 
 
-def _row_block(width: int) -> tuple[int, int]:
-    """Return the power of two that holds a row of `width`, and the warps that work on it: 16 elements a thread."""
+def _common(weight_D: Tensor, gate_D: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+    """Return what both kernels take for a weight [D] and a gate [D] or None.
+
+    The gate, or the weight, never read, in its place; and the compile-time arguments: the power of two that holds a
+    row, and the warps that work on it, 16 elements a thread.
+    """
+    width = weight_D.shape[0]
     block = max(16, 1 << (width - 1).bit_length())
-    return block, min(16, max(1, block // 512))
+    constants = {
+        "D": width,
+        "BLOCK_D": block,
+        "HAS_GATE": gate_D is not None,
+        "num_warps": min(16, max(1, block // 512)),
+    }
+    return weight_D if gate_D is None else gate_D, constants

@@ -5,14 +5,18 @@ running maximum, no saved statistics), and a program that owns one image and one
 span: one pass writes dq, dk and dv, without atomics.
 
 Letters: B samples of T rows (the spans count the rows of all samples, 0 .. B*T-1), I images (`IMAGES`) with R latents
-each, H heads of width K = K1 + K2: a tile's sides are powers of two, so 80 is 64 + 16 and 96 is 64 + 32, and K2 is 0
-elsewhere. Tiles: BLOCK_M rows, BLOCK_R >= R latents.
+each, H heads of width K <= K1 + K2: a tile's sides are powers of two, so 96 is 64 + 32, and K2 is 0 for a single part.
+Where the parts are wider than the head, the columns beyond it are zeros. Tiles: BLOCK_M rows, BLOCK_R >= R latents.
+
+Head and image are axes of the grid of their own (neighbouring heads, whose rows are neighbours in memory, run side by
+side): such numbers lie in registers that all threads share, those that a division gives do not.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.config import is_interpreted
+from kernels.tiles import load_tile, store_tile
 
 UPCAST = tl.constexpr(is_interpreted)
 """The interpreter computes with the bit patterns of bf16, so there every operand becomes fp32 first."""
@@ -39,10 +43,10 @@ def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) ->
 
 @triton.jit
 def _chunk(start: tl.tensor, end: tl.tensor, BLOCK_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Return this program's part of rows start .. end-1, which axis 1 of the grid shares in whole tiles."""
+    """Return this program's part of rows start .. end-1, which axis 2 of the grid shares in whole tiles."""
     tiles = tl.cdiv(end - start, BLOCK_M)
-    rows = tl.cdiv(tiles, tl.num_programs(1)) * BLOCK_M
-    lo = start + tl.program_id(1) * rows
+    rows = tl.cdiv(tiles, tl.num_programs(2)) * BLOCK_M
+    lo = start + tl.program_id(2) * rows
     return lo, tl.minimum(lo + rows, end)
 
 
@@ -55,22 +59,19 @@ def _zero_rows(
     x_b: tl.tensor,
     x_t: tl.tensor,
     BLOCK_M: tl.constexpr,
+    K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
 ) -> None:
     """Write zeros to rows lo .. hi-1 of one head; they may belong to several samples."""
     lo, hi = _chunk(lo, hi, BLOCK_M)
-    cols1 = tl.arange(0, K1)
     for first in range(lo, hi, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         sample = row // T
-        at = x + (sample.to(tl.int64) * x_b + (row - sample * T).to(tl.int64) * x_t)[:, None]
-        zero = tl.zeros((BLOCK_M, K1), x.dtype.element_ty)
-        tl.store(at + cols1[None, :], zero, mask=(row < hi)[:, None])
+        at = sample.to(tl.int64) * x_b + (row - sample * T).to(tl.int64) * x_t
+        store_tile(x, at, row < hi, 1, 0, tl.zeros((BLOCK_M, K1), tl.float32), K, K1)
         if K2 > 0:
-            cols2 = K1 + tl.arange(0, K2)
-            zero2 = tl.zeros((BLOCK_M, K2), x.dtype.element_ty)
-            tl.store(at + cols2[None, :], zero2, mask=(row < hi)[:, None])
+            store_tile(x, at, row < hi, 1, K1, tl.zeros((BLOCK_M, K2), tl.float32), K, K2)
 
 
 @triton.jit
@@ -84,14 +85,15 @@ def _zero_holes(
     x_b: tl.tensor,
     x_t: tl.tensor,
     BLOCK_M: tl.constexpr,
+    K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
 ) -> None:
     """Write zeros to the rows between the image before and this one, and after the last image."""
     before = tl.load(spans + image * 2 - 1, mask=image > 0, other=0)
-    _zero_rows(x, before, tl.load(spans + image * 2), T, x_b, x_t, BLOCK_M, K1, K2)
+    _zero_rows(x, before, tl.load(spans + image * 2), T, x_b, x_t, BLOCK_M, K, K1, K2)
     if image == IMAGES - 1:
-        _zero_rows(x, tl.load(spans + image * 2 + 1), B * T, T, x_b, x_t, BLOCK_M, K1, K2)
+        _zero_rows(x, tl.load(spans + image * 2 + 1), B * T, T, x_b, x_t, BLOCK_M, K, K1, K2)
 
 
 @triton.jit
@@ -146,6 +148,7 @@ def xattn_forward(
     R: tl.constexpr,
     HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -154,24 +157,23 @@ def xattn_forward(
     """One image, one head, one chunk of its span: K and V loaded once, then a loop over tiles of rows.
 
     Pointers: q, out [B, T, H, K]; k, v [I, R, H, K]; spans int [I, 2] contiguous; gate 0-dim or unused. Strides are
-    in elements, the last is 1 everywhere. Grid: (I * H, chunks).
+    in elements, the last is 1 everywhere. Grid: (H, I, chunks).
     """
-    image, head = tl.program_id(0) // H, tl.program_id(0) % H
+    head, image = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
     lo, hi = _chunk(start, end, BLOCK_M)
     sample = start // T
 
     lat = tl.arange(0, BLOCK_R)
-    cols1, cols2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
-    seen = (lat < tl.where(lo < hi, R, 0))[:, None]  # nothing is read for an empty span
+    seen = lat < tl.where(lo < hi, R, 0)  # nothing is read for an empty span
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
-    k1 = tl.load(k + lat[:, None] * k_r + cols1[None, :], mask=seen, other=0.0)
-    v1 = tl.load(v + lat[:, None] * v_r + cols1[None, :], mask=seen, other=0.0)
+    k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
+    v1 = load_tile(v, lat, seen, v_r, 0, K, K1)
     k2, v2 = k1, v1
     if K2 > 0:
-        k2 = tl.load(k + lat[:, None] * k_r + cols2[None, :], mask=seen, other=0.0)
-        v2 = tl.load(v + lat[:, None] * v_r + cols2[None, :], mask=seen, other=0.0)
+        k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
+        v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
     g = 1.0
     if HAS_GATE:
         g = tl.load(gate).to(tl.float32)
@@ -180,23 +182,22 @@ def xattn_forward(
     out += tl.cast(head, tl.int64) * o_h
     q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
     out_rows = out + tl.cast(sample, tl.int64) * o_b
-    for first in range(lo, hi, BLOCK_M):
-        inside = (row < hi - first)[:, None]
-        q_at = q + tl.cast(first - sample * T, tl.int64) * q_t + row[:, None] * q_t
-        q1 = tl.load(q_at + cols1[None, :], mask=inside, other=0.0)
+    for first in tl.range(lo, hi, BLOCK_M, disable_licm=True):
+        inside = row < hi - first
+        t = tl.cast(first - sample * T, tl.int64)
+        q1 = load_tile(q + t * q_t, row, inside, q_t, 0, K, K1)
         q2 = q1
         if K2 > 0:
-            q2 = tl.load(q_at + cols2[None, :], mask=inside, other=0.0)
+            q2 = load_tile(q + t * q_t, row, inside, q_t, K1, K, K2)
         p, total = _scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R, K2, PRECISION)
         factor = (g / total)[:, None]
         p = p.to(v.dtype.element_ty)
-        o_at = out_rows + tl.cast(first - sample * T, tl.int64) * o_t + row[:, None] * o_t
         o1 = _dot(p, v1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * factor
-        tl.store(o_at + cols1[None, :], o1.to(out.dtype.element_ty), mask=inside)
+        store_tile(out_rows + t * o_t, row, inside, o_t, 0, o1, K, K1)
         if K2 > 0:
             o2 = _dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
-            tl.store(o_at + cols2[None, :], o2.to(out.dtype.element_ty), mask=inside)
-    _zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K1, K2)
+            store_tile(out_rows + t * o_t, row, inside, o_t, K1, o2, K, K2)
+    _zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K, K1, K2)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -242,6 +243,7 @@ def xattn_backward(
     R: tl.constexpr,
     HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -251,24 +253,23 @@ def xattn_backward(
 
     Pointers: q, do, dq [B, T, H, K]; k, v [I, R, H, K]; dk, dv [chunks, I, R, H, K] (in fp32 if there are several
     chunks, to be summed); spans int [I, 2] contiguous; gate 0-dim or unused; dgate fp32 [chunks, I * H] or unused.
-    Strides are in elements, the last is 1 everywhere. Grid: (I * H, chunks).
+    Strides are in elements, the last is 1 everywhere. Grid: (H, I, chunks).
     """
-    image, head, chunk = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    head, image, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
     lo, hi = _chunk(start, end, BLOCK_M)
     sample = start // T
 
     lat = tl.arange(0, BLOCK_R)
-    cols1, cols2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
-    seen = (lat < tl.where(lo < hi, R, 0))[:, None]  # nothing is read for an empty span
+    seen = lat < tl.where(lo < hi, R, 0)  # nothing is read for an empty span
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
-    k1 = tl.load(k + lat[:, None] * k_r + cols1[None, :], mask=seen, other=0.0)
-    v1 = tl.load(v + lat[:, None] * v_r + cols1[None, :], mask=seen, other=0.0)
+    k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
+    v1 = load_tile(v, lat, seen, v_r, 0, K, K1)
     k2, v2 = k1, v1
     if K2 > 0:
-        k2 = tl.load(k + lat[:, None] * k_r + cols2[None, :], mask=seen, other=0.0)
-        v2 = tl.load(v + lat[:, None] * v_r + cols2[None, :], mask=seen, other=0.0)
+        k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
+        v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
     g_scale = scale
     if HAS_GATE:
         g_scale *= tl.load(gate).to(tl.float32)
@@ -283,18 +284,16 @@ def xattn_backward(
     dk2 = tl.zeros((BLOCK_R, K2 if K2 > 0 else 16), tl.float32)
     dv2 = tl.zeros((BLOCK_R, K2 if K2 > 0 else 16), tl.float32)
     g_rows = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(lo, hi, BLOCK_M):
-        inside = (row < hi - first)[:, None]
+    # Nothing is moved out of the loop: the strides times the rows, kept all the while, were the registers that spilled.
+    for first in tl.range(lo, hi, BLOCK_M, disable_licm=True):
+        inside = row < hi - first
         t = tl.cast(first - sample * T, tl.int64)
-        q_at = q + t * q_t + row[:, None] * q_t
-        do_at = do + t * do_t + row[:, None] * do_t
-        dq_at = dq_rows + t * dq_t + row[:, None] * dq_t
-        q1 = tl.load(q_at + cols1[None, :], mask=inside, other=0.0)
-        do1 = tl.load(do_at + cols1[None, :], mask=inside, other=0.0)
+        q1 = load_tile(q + t * q_t, row, inside, q_t, 0, K, K1)
+        do1 = load_tile(do + t * do_t, row, inside, do_t, 0, K, K1)
         q2, do2 = q1, do1
         if K2 > 0:
-            q2 = tl.load(q_at + cols2[None, :], mask=inside, other=0.0)
-            do2 = tl.load(do_at + cols2[None, :], mask=inside, other=0.0)
+            q2 = load_tile(q + t * q_t, row, inside, q_t, K1, K, K2)
+            do2 = load_tile(do + t * do_t, row, inside, do_t, K1, K, K2)
         p, total = _scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
         p = p / total[:, None]
         dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -309,11 +308,11 @@ def xattn_backward(
         dv1 = _dot(p, do1, dv1, PRECISION)
         dk1 = _dot(tl.trans(ds), q1, dk1, PRECISION)
         dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
-        tl.store(dq_at + cols1[None, :], dq1.to(dq.dtype.element_ty), mask=inside)
+        store_tile(dq_rows + t * dq_t, row, inside, dq_t, 0, dq1, K, K1)
         if K2 > 0:
             dv2 = _dot(p, do2, dv2, PRECISION)
             dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
-            tl.store(dq_at + cols2[None, :], dq2.to(dq.dtype.element_ty), mask=inside)
+            store_tile(dq_rows + t * dq_t, row, inside, dq_t, K1, dq2, K, K2)
             dk2 = _dot(tl.trans(ds), q2, dk2, PRECISION)
 
     # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
@@ -324,16 +323,14 @@ def xattn_backward(
     wide = tl.cast(chunk, tl.int64)
     dk += wide * dk_c + tl.cast(image, tl.int64) * dk_i + tl.cast(head, tl.int64) * dk_h
     dv += wide * dv_c + tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h
-    real = (lat < R)[:, None]
-    dk_at, dv_at = dk + lat[:, None] * dk_r, dv + lat[:, None] * dv_r
-    tl.store(dk_at + cols1[None, :], (dk1 * g_scale).to(dk.dtype.element_ty), mask=real)
-    tl.store(dv_at + cols1[None, :], (dv1 * g).to(dv.dtype.element_ty), mask=real)
+    store_tile(dk, lat, lat < R, dk_r, 0, dk1 * g_scale, K, K1)
+    store_tile(dv, lat, lat < R, dv_r, 0, dv1 * g, K, K1)
     if K2 > 0:
-        tl.store(dk_at + cols2[None, :], (dk2 * g_scale).to(dk.dtype.element_ty), mask=real)
-        tl.store(dv_at + cols2[None, :], (dv2 * g).to(dv.dtype.element_ty), mask=real)
+        store_tile(dk, lat, lat < R, dk_r, K1, dk2 * g_scale, K, K2)
+        store_tile(dv, lat, lat < R, dv_r, K1, dv2 * g, K, K2)
     if HAS_GATE:
-        tl.store(dgate + chunk * IMAGES * H + tl.program_id(0), tl.sum(g_rows))
-    _zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K1, K2)
+        tl.store(dgate + (chunk * IMAGES + image) * H + head, tl.sum(g_rows))
+    _zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K, K1, K2)
 
 
 @triton.jit

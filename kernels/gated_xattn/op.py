@@ -15,6 +15,8 @@ from kernels.gated_xattn.reference import check_media_index, check_shapes, value
 from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_IMAGES = 65_535
+"""Programs along the second axis of a CUDA grid."""
 LONG_SPAN = 512
 """Rows of a mean span from which the forward pass shares a span among programs."""
 
@@ -37,8 +39,8 @@ def unsupported(q_BTHK: Tensor, images: int, latents: int) -> str | None:
     crowded = latents * width > 64 * 128 or (q_BTHK.dtype == torch.float32 and latents * width > 64 * 64)
     if q_BTHK.device.type == "cuda" and crowded and architecture(q_BTHK.device) in SMALL_SHARED_MEMORY:
         return f"{latents} latents of width {width} in {q_BTHK.dtype} exceed this GPU's shared memory"
-    if max(batch * rows, images * heads) >= 2**31:
-        return "rows, and images times heads, must be below 2**31"
+    if batch * rows >= 2**31 or heads >= 2**31 or images > MAX_IMAGES:
+        return f"rows and heads must be below 2**31, images at most {MAX_IMAGES}"
     return None
 
 
@@ -198,7 +200,7 @@ def forward(
         chunks = max(batch * rows // images // LONG_SPAN, -(-FILL_PROGRAMS // (images * heads)))
         chunks = min(chunks, -(-rows // tile.rows))
     with torch.cuda.device_of(q_BTHK):
-        kernel.xattn_forward[(images * heads, chunks)](
+        kernel.xattn_forward[(heads, images, chunks)](
             q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, out_BTHK,
             images, batch, rows, heads, width**-0.5 * kernel.LOG2E.value,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *out_BTHK.stride()[:3],
@@ -244,7 +246,7 @@ def backward(
         parts = [part.new_empty(chunks, *k_IRHK.shape, dtype=torch.float32) for part in parts]
     dgate = torch.empty(chunks, images * heads, dtype=torch.float32, device=q_BTHK.device)
     with torch.cuda.device_of(q_BTHK):
-        kernel.xattn_backward[(images * heads, chunks)](
+        kernel.xattn_backward[(heads, images, chunks)](
             q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, do_BTHK,
             dq_BTHK, *parts, dgate,
             images, batch, rows, heads, width**-0.5,
@@ -290,6 +292,7 @@ def _meta(
         "R": latents,
         "HAS_GATE": gate is not None,
         "PRECISION": "ieee" if exact else "tf32",
+        "K": q_BTHK.shape[-1],
         "K1": tile.parts[0],
         "K2": tile.parts[1],
         "BLOCK_R": block,

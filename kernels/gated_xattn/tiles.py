@@ -2,8 +2,9 @@
 
 Chosen by compiled figures (`kernels.testing.dry`), not by a timing. The kernels wait for memory and a program handles
 a tile or two, so what counts is how many programs share a processor: their loads overlap with the others' arithmetic.
-bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 128 registers, four programs; backward 32 x 8 warps capped at
-128 registers, two programs (uncapped, or with 64 rows, it takes 190 to 255 registers, and one program fits).
+None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and 3.7.1.
+bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 32 x 8 warps capped at
+128 registers, two programs (uncapped it takes 163, with 64 rows 215, and one program fits).
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from kernels.config import INTERPRETER_ARCH
 MAX_LATENTS = 128
 
 _PARTS = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
+
+_PADDED = {80: (64, 32)}
+"""Parts of the backward where they are others: 16 columns beside 64 make poor products. K 80, 128 latents, sm_90: 255
+registers, 72 bytes of stack and 240 mma instructions; padded to 32 columns 218 registers, no stack, 40."""
 
 WIDTHS = tuple(_PARTS)
 """Head widths that the kernels take."""
@@ -32,7 +37,7 @@ class Tile:
     warps: int
     """Warps of a program."""
     parts: tuple[int, int]
-    """The head width as two powers of two, the second 0 or at least 16."""
+    """Two powers of two that hold the head width, the second 0 or at least 16."""
     registers: int | None = None
     """Most registers a thread may take, None for as many as the compiler likes."""
     stages: int = 1
@@ -49,19 +54,24 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
         arch: as `kernels.config.architecture` tells it.
     """
     parts = _PARTS[width]
+    padded = _PADDED.get(width, parts)
+    family = 80 if arch in SMALL_SHARED_MEMORY else arch
     if arch == INTERPRETER_ARCH:
-        return Tile(16, 4, parts), Tile(16, 4, parts)
+        return Tile(16, 4, parts), Tile(16, 4, padded)
     if dtype == torch.float32:  # full fp32 has no tensor cores: small tiles, or it spills
         return Tile(16, 8, parts), Tile(16, 8, parts)
     # Two halves of 64 keep one half of the output in registers at a time.
     forward = Tile(64, 4, (64, 64) if width == 128 else parts)
-    backward = Tile(16 if parts[1] and latents > 64 else 32, 8, parts)
-    if latents <= 64:
-        family = 80 if arch in SMALL_SHARED_MEMORY else arch
-        capped = {
-            (90, 128): Tile(32, 8, parts, registers=128),
-            (90, 96): Tile(16, 8, parts, registers=128),
-            (80, 128): Tile(16, 8, parts, registers=128),
-        }
-        backward = capped.get((family, width), backward)
-    return forward, backward
+    if latents > 64:
+        if family == 80 and width == 96:  # 64 rows take 8 bytes of stack with Triton 3.6.0
+            forward = Tile(32, 4, parts)
+        if family == 80 and padded[1]:  # without wgmma two parts spill; one part of padded width does not
+            padded = (128, 0)
+        return forward, Tile(16 if padded[1] else 32, 8, padded)
+    capped = {
+        (90, 128): Tile(32, 8, padded, registers=128),
+        (90, 96): Tile(16, 8, padded, registers=128),
+        (90, 80): Tile(16, 8, padded, registers=128),
+        (80, 128): Tile(16, 8, padded, registers=128),
+    }
+    return forward, capped.get((family, width), Tile(32, 8, padded))

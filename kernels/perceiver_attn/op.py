@@ -1,6 +1,7 @@
 """The Resampler's attention as torch operators (`flamingo::perceiver_attn` and its backward) on the Triton kernels."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -160,29 +161,20 @@ def launch_forward(
     Args and results: as `perceiver_attn_op`, [N, R, H, K] and [N, R, H].
     """
     n, r, h, k = q_NRHK.shape
-    features = k_feat_NJHK.shape[1]
     tiles = forward_tiles(r, k, q_NRHK.dtype, architecture(q_NRHK.device))
-    query_tiles = -(-r // tiles.rows)
-    splits = splits or choose_splits(n * h * query_tiles, features)
-    inputs = _unit_stride(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
+    launch = _prepare(
+        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ, tiles, splits
+    )
     out_NRHK = q_NRHK.new_empty(q_NRHK.shape)
     lse_NRH = q_NRHK.new_empty((n, r, h), dtype=torch.float32)
-    target, target_lse = out_NRHK, lse_NRH
+    target, target_lse, splits = out_NRHK, lse_NRH, launch.grid[2]
     if splits > 1:
         target = q_NRHK.new_empty((splits, n, r, h, k), dtype=torch.float32)
         target_lse = q_NRHK.new_empty((splits, n, r, h), dtype=torch.float32)
-    kernel.forward_kernel[(n * h, query_tiles, splits)](
-        *inputs,
-        _mask_bytes(feature_mask_NJ, q_NRHK),
-        target,
-        target_lse,
-        *(stride for x in inputs for stride in x.stride()[:3]),
-        n * r * h,
-        _scale(k) * math.log2(math.e),
-        features,
-        _blocks_a_split(features, tiles, splits),
-        **_constants(q_NRHK, feature_mask_NJ, tiles),
-    )
+    kernel.forward_kernel[launch.grid](
+        *launch.inputs, launch.mask, target, target_lse,
+        *launch.strides, n * r * h, launch.scale_log2, *launch.keys, **launch.constants,
+    )  # fmt: skip
     if splits > 1:
         rows, block = n * r * h, 16
         kernel.combine_kernel[(-(-rows // block),)](
@@ -209,65 +201,83 @@ def launch_backward(
     Args and results: as `perceiver_attn_backward_op`: [N, R, H, K], twice [N, J, H, K], twice [N, R, H, K].
     """
     n, r, h, k = q_NRHK.shape
-    features = k_feat_NJHK.shape[1]
     tiles = backward_tiles(r, k, q_NRHK.dtype, architecture(q_NRHK.device))
-    query_tiles = -(-r // tiles.rows)
-    splits = splits or choose_splits(n * h * query_tiles, features)
-    inputs = _unit_stride(q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
-    dq = _partials(q_NRHK, q_NRHK.shape, splits)
-    dkv = [_partials(q_NRHK, x.shape, query_tiles) for x in inputs[1:]]
-    kernel.backward_kernel[(n * h, query_tiles, splits)](
-        *inputs,
-        _mask_bytes(feature_mask_NJ, q_NRHK),
-        out_NRHK.contiguous(),
-        dout_NRHK.contiguous(),
-        lse_NRH,
-        dq,
-        *dkv,
-        *(stride for x in inputs for stride in x.stride()[:3]),
-        n * r * h,
-        n * features * h,
-        _scale(k) * math.log2(math.e),
-        _scale(k),
-        features,
-        _blocks_a_split(features, tiles, splits),
-        **_constants(q_NRHK, feature_mask_NJ, tiles),
+    launch = _prepare(
+        q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ, tiles, splits
     )
+    _, query_tiles, splits = launch.grid
+    dq = _partials(q_NRHK, q_NRHK.shape, splits)
+    dkv = [_partials(q_NRHK, x.shape, query_tiles) for x in launch.inputs[1:]]
+    kernel.backward_kernel[launch.grid](
+        *launch.inputs, launch.mask, out_NRHK.contiguous(), dout_NRHK.contiguous(), lse_NRH, dq, *dkv,
+        *launch.strides, n * r * h, n * k_feat_NJHK.shape[1] * h, launch.scale_log2, k**-0.5, *launch.keys,
+        **launch.constants,
+    )  # fmt: skip
     dq_NRHK, dk_feat, dv_feat, dk_lat, dv_lat = (_sum_partials(x, q_NRHK.dtype) for x in (dq, *dkv))
     return dq_NRHK, dk_feat, dv_feat, dk_lat, dv_lat
 
 
-def _constants(q_NRHK: Tensor, feature_mask_NJ: Tensor | None, tiles: Tiles) -> dict[str, Any]:
-    """Return the compile-time arguments that both kernels take."""
-    _, r, h, k = q_NRHK.shape
-    k0, k1 = tiles.parts
-    return {
-        "H": h,
-        "R": r,
-        "K": k,
-        "K0": k0,
-        "K1": k1,
-        "BLOCK_R": tiles.rows,
-        "BLOCK_J": tiles.keys,
-        "HAS_MASK": feature_mask_NJ is not None,
-        # fp32 on tensor cores, three products for one: as exact as fp32 sums are, where "tf32" keeps 3 digits.
-        "PREC": "tf32x3" if q_NRHK.dtype == torch.float32 else "ieee",
-        "UPCAST": is_interpreted,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """What forward and backward launch alike."""
+
+    grid: tuple[int, int, int]
+    """Media times heads, tiles of queries, shares of the keys."""
+    inputs: list[Tensor]
+    """Queries [N, R, H, K], features' keys and values [N, J, H, K], latents' ones [N, R, H, K]; K is contiguous."""
+    mask: Tensor
+    """uint8 [N, J], or any tensor, never read."""
+    strides: list[int]
+    """Of each input, but K's."""
+    scale_log2: float
+    """log2(e) / sqrt(K)."""
+    keys: tuple[int, int]
+    """J, and key blocks of a share."""
+    constants: dict[str, Any]
+    """Compile-time arguments."""
 
 
-def _unit_stride(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors ([.., K] each), copied where K is not contiguous."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _mask_bytes(feature_mask_NJ: Tensor | None, placeholder: Tensor) -> Tensor:
-    """Return the mask as uint8 [N, J], or `placeholder` (any shape, never read) where there is none."""
-    if feature_mask_NJ is None:
-        return placeholder
-    return feature_mask_NJ.contiguous().view(torch.uint8)
+def _prepare(
+    q_NRHK: Tensor,
+    k_feat_NJHK: Tensor,
+    v_feat_NJHK: Tensor,
+    k_lat_NRHK: Tensor,
+    v_lat_NRHK: Tensor,
+    feature_mask_NJ: Tensor | None,
+    tiles: Tiles,
+    splits: int,
+) -> _Launch:
+    """Return the arguments that both kernels take; shapes as `perceiver_attn_op`, 0 splits chooses."""
+    (n, r, h, k), features = q_NRHK.shape, k_feat_NJHK.shape[1]
+    query_tiles = -(-r // tiles.rows)
+    splits = splits or choose_splits(n * h * query_tiles, features)
+    inputs = [
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
+    ]
+    return _Launch(
+        grid=(n * h, query_tiles, splits),
+        inputs=inputs,
+        mask=q_NRHK if feature_mask_NJ is None else feature_mask_NJ.contiguous().view(torch.uint8),
+        strides=[stride for x in inputs for stride in x.stride()[:3]],
+        scale_log2=k**-0.5 * math.log2(math.e),
+        keys=(features, -(-features // (tiles.keys * splits))),
+        constants={
+            "H": h,
+            "R": r,
+            "K": k,
+            "K0": tiles.parts[0],
+            "K1": tiles.parts[1],
+            "BLOCK_R": tiles.rows,
+            "BLOCK_J": tiles.keys,
+            "HAS_MASK": feature_mask_NJ is not None,
+            # fp32 on tensor cores, three products for one: as exact as fp32 sums are, where "tf32" keeps 3 digits.
+            "PREC": "tf32x3" if q_NRHK.dtype == torch.float32 else "ieee",
+            "UPCAST": is_interpreted,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        },
+    )
 
 
 def _partials(like: Tensor, shape: torch.Size, parts: int) -> Tensor:
@@ -278,16 +288,6 @@ def _partials(like: Tensor, shape: torch.Size, parts: int) -> Tensor:
 def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of [parts, ...] over its first axis, [...], in `dtype`."""
     return partials[0] if partials.shape[0] == 1 else partials.sum(0).to(dtype)
-
-
-def _blocks_a_split(features: int, tiles: Tiles, splits: int) -> int:
-    """Return how many key blocks each share has."""
-    return -(-features // (tiles.keys * splits))
-
-
-def _scale(head_dim: int) -> float:
-    """Return 1 / sqrt(head_dim)."""
-    return float(head_dim**-0.5)
 
 
 def _power_of_two(value: int) -> int:

@@ -56,7 +56,9 @@ def backward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -
     if 80 <= arch < 90:
         # Two parts spill here; one part of padded width does not.
         parts = (_power_of_two(head_dim), 0)
-        return Tiles(rows=min(rows, 64), keys=64 if rows <= 64 else 32, parts=parts, warps=8, stages=2)
+        # At a width of 64 two blocks of 64 keys on their way spill (56 bytes of stack); of 32 they do not.
+        keys = 64 if rows <= 64 and parts[0] != 64 else 32
+        return Tiles(rows=min(rows, 64), keys=keys, parts=parts, warps=8, stages=2)
     if rows <= 64:
         return Tiles(rows=rows, keys=64, parts=parts, warps=8, stages=2)
     return Tiles(rows=128, keys=32, parts=parts, warps=8, stages=2)

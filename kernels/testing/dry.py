@@ -37,10 +37,6 @@ ARCHITECTURES = tuple(SHARED_MEMORY)
 PROCESSORS = 132
 """Streaming multiprocessors that the dry device claims to have."""
 
-_PARKED_BYTES = 16
-"""Bytes of stack that are not called a spill: ptxas parks a scalar or two before a loop and takes them back after it,
-on sm_100 even for a bare 64 x 64 x 64 product, and elsewhere at a limit on registers."""
-
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 _INSTRUCTIONS = {
@@ -97,8 +93,8 @@ class Record:
 
     @property
     def spills(self) -> bool:
-        """Whether registers are spilled, beyond the odd scalar that is parked."""
-        return self.stack > _PARKED_BYTES
+        """Whether anything lies in local memory: not a byte of it is used by the kernels here."""
+        return self.stack > 0 or self.local_ops > 0
 
 
 @dataclass(frozen=True, kw_only=True)

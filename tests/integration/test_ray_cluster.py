@@ -1,4 +1,4 @@
-"""The smoke recipe on a Ray cluster that somebody else started: two Ray nodes on one machine."""
+"""The smoke recipe, and the doctor, on a Ray cluster that somebody else started: two Ray nodes on one machine."""
 
 import contextlib
 import json
@@ -90,3 +90,33 @@ def test_train_smoke_on_a_running_cluster(
     assert all(counts), f"training processes on each node: {counts}"
     summary = json.loads((tmp_path / "runs/joined/summary.json").read_text())
     assert summary["steps"] == 3
+
+
+def test_the_doctor_looks_at_every_node_of_a_running_cluster(
+    cluster: tuple[str, list[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    address, _, environment = cluster
+    command = [
+        sys.executable,
+        "-m",
+        "flamingo_dist.cli",
+        "doctor",
+        "smoke",
+        "--ray-address",
+        address,
+        "--json",
+    ]
+    command += ["--runs-dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert [node["cores"] for node in said["nodes"]] == [3, 3]
+    names = {node["node"] for node in said["nodes"]}
+    assert len(names) == 2
+    found = said["findings"]
+    assert {f["node"] for f in found if f["check"] == "shared run folder" and f["level"] == "ok"} == names
+    (reached,) = [f for f in found if f["check"] == "master reachable"]
+    assert reached["level"] == "ok"
+    (roll,) = [f for f in found if f["check"] == "master port"]
+    assert "1 of 1 other nodes called" in roll["says"]
+    assert not (tmp_path / "runs").exists()

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels import dispatch_fused
 from kernels.add_layernorm import op, reference
-from kernels.add_layernorm.op import MAX_WIDTH, add_layernorm_backward_op, add_layernorm_op
+from kernels.add_layernorm.op import MAX_WIDTH
 from tests.kernels.close import assert_close
 from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders, relative
 
@@ -121,29 +120,6 @@ def test_two_runs_are_equal_bit_for_bit(gated, device, monkeypatch):
     inputs = make((50,), 64, (F32, BF16, BF16), device, gated=gated)
     for a, b in zip(run(triton, inputs), run(triton, inputs), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtypes", [(F32,) * 3, (F32, BF16, BF16)], ids=str)
-def test_operators_keep_torchs_rules(gated, dtypes, device):
-    inputs = [x.requires_grad_() for x in make((3,), 16, dtypes, device, gated=gated)]
-    x, a, weight, bias, gate = (*inputs, None)[:5]
-    torch.library.opcheck(add_layernorm_op, (x, a, weight, bias, gate, 1e-5))
-    plain = [None if t is None else t.detach() for t in (x, a, weight, bias, gate)]
-    y, z, mean, rstd = add_layernorm_op(*plain, 1e-5)
-    backward = (torch.ones_like(y), torch.ones_like(z), y, plain[1], plain[2], plain[4], mean, rstd)
-    torch.library.opcheck(add_layernorm_backward_op, backward)
-
-
-@pytest.mark.parametrize("dtypes", [(F32,) * 3, (F32, BF16, BF16)], ids=str)
-def test_compiles_as_one_graph_and_recomputes(dtypes, device):
-    inputs = make((5,), 40, dtypes, device, gated=False)
-    want = run(triton, inputs)
-    compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
-    recomputed = lambda *x: checkpoint(triton, *x, use_reentrant=False)  # noqa: E731
-    for function in (compiled, recomputed):
-        for a, b in zip(run(function, inputs), want, strict=True):
-            assert torch.equal(a, b)
 
 
 MUTANTS = [

@@ -9,9 +9,6 @@ from tests.kernels.golden import check_registers
 
 pytestmark = pytest.mark.modes("dry")
 
-KNOWN_SPILLS = {("xattn_backward", "K80 R128"): 80}
-"""Bytes of stack that no tile tried so far avoids: 16 columns beside 64 make poor dot products on sm_90."""
-
 B, T, M = 8, 2048, 32
 SHAPES = {  # heads, width, latents
     "smoke": (4, 16, 8),
@@ -19,6 +16,8 @@ SHAPES = {  # heads, width, latents
     "9B": (32, 128, 64),
     "80B": (64, 128, 64),
 }
+# Heads in two parts are the ones that spill: on every architecture.
+WIDTHS = [(64, 90), (128, 90), *((width, arch) for width in (80, 96) for arch in ARCHITECTURES)]
 
 
 def launches(
@@ -43,15 +42,15 @@ def test_full_size(arch, shape, dtype):
     heads, width, latents = SHAPES[shape]
     found = launches(arch, heads, width, latents, dtype)
     assert [launch.record.name for launch in found] == ["media_spans", "xattn_forward", "xattn_backward"]
-    assert [launch.grid for launch in found[1:]] == [(B * M * heads, 1, 1)] * 2
+    assert [launch.grid for launch in found[1:]] == [(heads, B * M, 1)] * 2
     for launch in found[1:]:
         gate(launch, f"{shape}")
 
 
 @pytest.mark.parametrize("latents", [16, 64, 128])
-@pytest.mark.parametrize("width", [64, 80, 96, 128])
-def test_widths_and_latents(width, latents):
-    for launch in launches(90, 8, width, latents, torch.bfloat16)[1:]:
+@pytest.mark.parametrize(("width", "arch"), WIDTHS)
+def test_widths_and_latents(width, arch, latents):
+    for launch in launches(arch, 8, width, latents, torch.bfloat16)[1:]:
         gate(launch, f"K{width} R{latents}")
 
 
@@ -59,7 +58,7 @@ def gate(launch: Launch, label: str) -> None:
     record, half = launch.record, launch.record.signature["q"] != "*fp32"
     assert max(launch.grid[1:]) <= 65535
     assert record.smem <= SHARED_MEMORY[record.arch]
-    assert record.stack <= KNOWN_SPILLS.get((record.name, label), 16), record
+    assert record.stack == record.local_ops == 0, record
     config = record.config
     if min(config["BLOCK_M"], config["BLOCK_R"]) * config["K1"] >= 8 * 32 * config["num_warps"]:
         assert record.wide_loads > 0
@@ -87,11 +86,13 @@ def programs_at_once(record) -> int:
     return min(registers, (SHARED_MEMORY[record.arch] + 1024) // (record.smem + 1024))
 
 
-def test_few_images_share_their_spans_among_programs():
-    found = launches(90, 4, 128, 64, torch.bfloat16, batch=1)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_images_share_their_spans_among_programs(arch):
+    found = launches(arch, 4, 128, 64, torch.bfloat16, batch=1)
     names = [launch.record.name for launch in found]
     assert names == ["media_spans", "xattn_forward", "xattn_backward", "sum_chunks", "sum_chunks"]
-    assert [launch.grid for launch in found[1:3]] == [(128, 3, 1)] * 2
+    assert [launch.grid for launch in found[1:3]] == [(4, M, 3)] * 2
+    gate(found[1], "shared spans")
     gate(found[2], "shared spans")
 
 

@@ -1,0 +1,202 @@
+"""What a run reads: shards, tokenizer, weights."""
+
+import json
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+
+import fsspec
+
+from data_pipeline.config import DatasetConfig
+from data_pipeline.index import ShardIndex, open_index
+from data_pipeline.tokenizer import TokenizerConfig
+from jobs.config import RunConfig
+from jobs.doctor.findings import Finding, fail, ok, warn
+
+ATTEMPTS = 2
+"""Times that a read is tried: a run is patient with a busy storage, the doctor is not."""
+_HEADER_BYTES = 8
+_LARGEST_HEADER = 100 << 20
+
+
+def check_data(run: RunConfig) -> list[Finding]:
+    """Open every data set's index and compare it with the run; then the tokenizer and the weights."""
+    found = []
+    for dataset in {**run.data.train, **run.data.held_out}.values():
+        found += check_dataset(run, dataset)
+    found.append(check_tokenizer(run.data.tokenizer, run.model.lm.vocab_size))
+    for what, path in (
+        ("LM weights", run.model.lm.weights or ""),
+        ("vision weights", run.model.vision.weights),
+        ("vision statistics", run.model.vision.statistics),
+    ):
+        if path:
+            found.append(check_weights(what, path))
+    return found
+
+
+def check_dataset(run: RunConfig, dataset: DatasetConfig) -> list[Finding]:
+    """Open a data set's index and compare its shards and samples with readers, ranks and steps."""
+    part = "train" if dataset.name in run.data.train else "held_out"
+    setting, check = f"--data.{part}.{dataset.name}.urls", f"data {dataset.name}"
+    try:
+        index = open_index(dataset.urls, storage=replace(dataset, read_attempts=ATTEMPTS).storage())
+        index.records(0)  # offsets lie in a file of their own
+    except ImportError as error:
+        remedy = "install the file system: pip install 'flamingo-dist[s3]' or '[gcs]'"
+        return [fail(check, f"{dataset.urls[0]}: {error}", remedy)]
+    except (ValueError, OSError) as error:
+        remedy = (
+            f"restore what is named, or set {setting}; credentials and endpoint come from the environment"
+        )
+        return [fail(check, _first_line(error), remedy)]
+    except Exception as error:  # file systems raise errors of libraries that need not be installed
+        remedy = f"check {setting}, credentials and endpoint"
+        return [fail(check, f"{type(error).__name__}: {_first_line(error)}", remedy)]
+    return _compare(run, dataset, index, check)
+
+
+def _compare(run: RunConfig, dataset: DatasetConfig, index: ShardIndex, check: str) -> list[Finding]:
+    """Compare an index with the run that reads it."""
+    shards, samples = len(index.entries), index.num_samples
+    says = f"{shards} shards, {samples} samples"
+    found = []
+    gaps = missing_numbers([entry.name for entry in index.entries])
+    if gaps:
+        remedy = "restore them, or go on if they were left out on purpose"
+        found.append(warn(check, f"numbers of shards are missing: {', '.join(gaps)}", remedy))
+    if index.skips:
+        first = index.skips[0]
+        remedy = "copy these shards anew: what is cut off is skipped, up to bad_sample_budget"
+        found.append(
+            warn(check, f"{len(index.skips)} damaged places, first {first.shard}: {first.detail}", remedy)
+        )
+    if samples < dataset.batch_size:
+        remedy = f"lower batch_size of {dataset.name} to at most {samples}, or add data"
+        found.append(
+            warn(
+                check, f"{says}: fewer than the batch of {dataset.batch_size}, so a step repeats some", remedy
+            )
+        )
+    if dataset.mode == "train":
+        readers, ranks = run.data.readers.readers, run.resources.workers // run.parallel.tensor
+        epochs = run.train.steps * dataset.batch_size / samples
+        says += (
+            f" for {readers} readers and {ranks} data ranks; {epochs:.2g} epochs in {run.train.steps} steps"
+        )
+        found += _check_shards(run, dataset, shards, check)
+    return found if any(f.level != "ok" for f in found) else [ok(check, says)]
+
+
+def _check_shards(run: RunConfig, dataset: DatasetConfig, shards: int, check: str) -> list[Finding]:
+    """Check the number of shards against readers, ranks and the shuffle.
+
+    Any reader may read any sample, so a run with few shards is right; but all then read from few objects at once.
+    """
+    readers, ranks = run.data.readers.readers, run.resources.workers // run.parallel.tensor
+    busy = max(readers, ranks)
+    remote = any("://" in url and not url.startswith("file:") for url in dataset.urls)
+    if shards < busy and remote:
+        remedy = f"write smaller shards, {busy} or more, or lower --data.readers.readers"
+        says = f"{shards} shards for {readers} readers and {ranks} data-parallel ranks: several read one object at once"
+        return [warn(check, says, remedy)]
+    return []
+
+
+def missing_numbers(names: Sequence[str]) -> list[str]:
+    """Return the names that a numbered series of shards lacks between its first and its last, the first few.
+
+    Args:
+        names: file names; those without a number before the suffix are left alone.
+    """
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?)(\d+)\.tar", name)
+        if found:
+            series.setdefault((found[1], len(found[2])), set()).add(int(found[2]))
+    lacking = []
+    for (prefix, digits), numbers in series.items():
+        if max(numbers) - min(numbers) >= 10 * len(numbers):
+            continue  # no series: dates, hashes
+        lacking += [
+            f"{prefix}{n:0{digits}d}.tar" for n in range(min(numbers), max(numbers)) if n not in numbers
+        ]
+    return lacking[:5]
+
+
+def check_tokenizer(config: TokenizerConfig, vocab_size: int) -> Finding:
+    """Load the tokenizer and compare its vocabulary with the language model's."""
+    try:
+        tokenizer = config.load()
+        ids = tokenizer.encode("A flamingo.")
+    except Exception as error:  # the tokenizers package raises bare exceptions
+        remedy = "set --data.tokenizer.path to a GGUF file or a folder with tokenizer.json on this machine"
+        return fail("tokenizer", f"{config.kind} {config.path}: {_first_line(error)}", remedy)
+    if tokenizer.vocab_size != vocab_size or max(ids) >= vocab_size:
+        remedy = f"set --data.tokenizer.vocab-size {vocab_size}, or the tokenizer of this language model"
+        says = (
+            f"{config.kind} {config.path} has {tokenizer.vocab_size} entries, the language model {vocab_size}"
+        )
+        return fail("tokenizer", says, remedy)
+    return ok("tokenizer", f"{config.kind} {config.path or '(built in)'}: {tokenizer.vocab_size} entries")
+
+
+def check_weights(what: str, path: str) -> Finding:
+    """Check that weights can be read and are whole, by their headers alone.
+
+    Args:
+        what: name for the finding.
+        path: a file, or a folder of `.safetensors` files, on any fsspec file system.
+    """
+    remedy = "download them anew, or correct the path"
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+        files = sorted(fs.glob(f"{root}/*.safetensors")) if fs.isdir(root) else [root]
+        if not files:
+            return fail(what, f"{path} holds no .safetensors file", remedy)
+        lacking = _not_there(fs, root, files) if fs.isdir(root) else []
+        if lacking:
+            return fail(what, f"{path}: its index lists {', '.join(lacking[:3])}, not there", remedy)
+        sizes = [_checked_size(fs, file) for file in files]
+    except (OSError, ValueError, ImportError) as error:
+        return fail(what, f"{path}: {_first_line(error)}", remedy)
+    return ok(what, f"{path}: {len(files)} files, {sum(sizes) / (1 << 30):.2f} GiB")
+
+
+def _not_there(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str]) -> list[str]:
+    """Return the files that a sharded model's index lists and the folder lacks."""
+    indices = fs.glob(f"{root}/*.safetensors.index.json")
+    there = {file.rsplit("/", 1)[-1] for file in files}
+    wanted = {name for index in indices for name in json.loads(fs.cat_file(index))["weight_map"].values()}
+    return sorted(wanted - there)
+
+
+def _checked_size(fs: fsspec.AbstractFileSystem, file: str) -> int:
+    """Return the bytes of a file of weights.
+
+    Raises:
+        ValueError: it is cut off, or not what its name says.
+    """
+    size = int(fs.size(file))
+    if size == 0:
+        raise ValueError(f"{file} is empty")
+    with fs.open(file, "rb") as opened:
+        head = opened.read(_HEADER_BYTES)
+        if file.endswith(".gguf") and head[:4] != b"GGUF":
+            raise ValueError(f"{file} is no GGUF file: it begins with {head[:4]!r}")
+        if file.endswith(".safetensors"):
+            (length,) = struct.unpack("<Q", head) if len(head) == _HEADER_BYTES else (0,)
+            if not 0 < length <= _LARGEST_HEADER:
+                raise ValueError(f"{file} is no safetensors file")
+            tensors = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            if size != _HEADER_BYTES + length + max(ends, default=0):
+                raise ValueError(
+                    f"{file} is cut off: {size} bytes of {_HEADER_BYTES + length + max(ends, default=0)}"
+                )
+    return size
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
