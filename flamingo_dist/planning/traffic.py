@@ -29,6 +29,7 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     stream = data.rows * data.tokens / dp * model.lm.width * size
     media = data.rows * data.media / dp
     latents = media * model.resampler.latents * model.resampler.width * size
+    handed_on = media * model.resampler.latents * model.resampler.output_width * size
     features = media * data.frames * model.vision.num_features * model.resampler.width * size
     again = 1 if work.parallel.activation_checkpointing else 0
     layers, gated, depth = model.lm.num_layers, len(model.gated_positions()), model.resampler.depth
@@ -37,9 +38,9 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     streams = 4 * (layers + gated) + again * (layers + 2 * gated) + gated * extra_gate + 2
     feature_sums = 1 if model.resampler.shared_feature_kv else depth
     resampler_gate = 1 if model.resampler.activation == "silu_gated" else 0
-    latent_sums = depth * (4 + resampler_gate) + gated
-    payload = streams * stream + latent_sums * latents + feature_sums * features
-    return payload, streams + latent_sums + feature_sums
+    latent_sums = depth * (4 + resampler_gate)
+    payload = streams * stream + latent_sums * latents + gated * handed_on + feature_sums * features
+    return payload, streams + latent_sums + gated + feature_sums
 
 
 def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, Traffic]:

@@ -1,7 +1,7 @@
 """Networks of the step benchmark and of the comparison with the CPU, and batches for them.
 
-The sizes are those of the recipes `smoke` and `flamingo_3b`, `_9b` and `_80b` (a test compares them); the recipes themselves need the
-data pipeline, which a machine that only measures may lack.
+The sizes are those of the recipes `smoke` and `flamingo_3b`, `_9b` and `_80b` (a test compares them); the recipes
+themselves need the data pipeline, which a machine that only measures may lack.
 """
 
 from collections.abc import Iterator
