@@ -99,7 +99,7 @@ def test_memory_of_a_gpu_and_what_would_fit():
     run = flamingo_80b()
     (fits,) = layout.check_gpu_memory(run, nodes(32, 8))
     assert fits.level == "ok"
-    (small,) = layout.check_gpu_memory(run, nodes(32, 8, memory=39.4))
+    (small,) = layout.check_gpu_memory(run, nodes(32, 8, memory=30.0))
     assert small.level == "fail"
     wide = replace(run, parallel=replace(run.parallel, tensor=1))
     (other,) = layout.check_gpu_memory(wide, nodes(32, 8))
