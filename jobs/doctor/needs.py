@@ -6,7 +6,6 @@ from pathlib import Path
 
 from data_pipeline.config import DatasetConfig
 from flamingo_dist.planning.hardware import GIB, Assumptions
-from flamingo_dist.planning.memory import state_memory
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.plan import rank_memory
 from jobs.config import RunConfig

@@ -3,7 +3,7 @@
 Weights are not named here: `--model.lm.weights` takes a folder of Hugging Face safetensors at any fsspec URL (such as
 `hf://meta-llama/Llama-3.1-8B`), `--data.tokenizer.path` its tokenizer; without weights the frozen LM is random.
 LLaMA, Qwen, OPT and GPT-2 get the paper's new layers; the MPT recipes are OpenFlamingo's arrangement. The vision
-encoder is a random one of CLIP ViT-L/14's width until `--model.vision.name clip --model.vision.weights FOLDER` names one.
+encoder is a random one of CLIP ViT-L/14's width; `--model.vision.name clip --model.vision.weights FOLDER` names one.
 """
 
 from dataclasses import replace
