@@ -3,7 +3,7 @@
 Light tests run in parallel; kernel tests run once under Triton's interpreter and once compiled for a GPU that is not
 there, on the pinned Triton and on the older one that torch 2.11 brings, each in processes of its own. Tests that start
 processes of their own run one after another; they wait more than they compute, so the phases before them run beside
-them and show their output when they end. Integration tests (SLURM's daemons, Ray clusters of
+them, at a lower priority, and show their output when they end. Integration tests (SLURM's daemons, Ray clusters of
 several nodes) run on request, those on a GPU need one.
 
 Usage: ``python tools/run_tests.py PHASE ... -- [pytest arguments]``, each PHASE one of light, interpret, dry,
@@ -167,7 +167,7 @@ def run_phase(name: str, extra: list[str], *, beside: bool = False) -> PhaseResu
         command += [] if given else phase.paths
         with shown.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                ["nice", *command] if beside else command,
                 cwd=ROOT,
                 env=environment,
                 stdout=output if beside else None,

@@ -135,7 +135,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'brew'" in capsys.readouterr().err
 
 
-@pytest.mark.distributed
+@pytest.mark.integration  # two starts of a whole build
 def test_a_driver_that_is_killed_goes_on_with_equal_bytes(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", pages=40)
     settings = ("--samples-per-part", "1", "--samples-per-shard", "7")

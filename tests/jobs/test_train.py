@@ -153,6 +153,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
     pytest.fail(f"no step {step} in time")
 
 
+@pytest.mark.integration  # three starts of a whole run
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_losses(straight, cache, tmp_path):
     run, arguments = tmp_path / "smoke", ["train", "smoke", "--runs-dir", str(tmp_path), *SMALL]
     rng = random.Random(int.from_bytes(os.urandom(4), "little"))
