@@ -1,8 +1,9 @@
 """All checks of one node: called in the doctor's own process, by srun on every node, or as a Ray task.
 
-``python -m jobs.doctor.node NEEDS`` prints one line, the report.
+``python -m jobs.doctor.node NEEDS`` prints the report, in `to_lines`.
 """
 
+import base64
 import os
 import socket
 import sys
@@ -22,7 +23,9 @@ from jobs.doctor.report import Clock, Needs, NodeReport
 from jobs.doctor.versions import check_versions, installed, requirements
 
 TAG = "doctor-report "
-"""Begins the line of a report: whatever else a node prints is not it."""
+"""Begins the lines of a report: whatever else a node prints is not it."""
+_PIECE = 600
+"""Characters of a report in one line."""
 
 
 def name_of(environment: Mapping[str, str]) -> str:
@@ -133,6 +136,27 @@ def _with(report: NodeReport, finding: Finding) -> NodeReport:
     return replace(report, findings=(replace(finding, node=report.node), *report.findings))
 
 
+def to_lines(node: str, text: str) -> list[str]:
+    """Return `text` in lines that srun passes on whole: longer ones than 1,024 bytes it mixes with other tasks'."""
+    coded = base64.b64encode(text.encode()).decode()
+    pieces = [coded[start : start + _PIECE] for start in range(0, len(coded), _PIECE)]
+    return [f"{TAG}{node} {number} {len(pieces)} {piece}" for number, piece in enumerate(pieces)]
+
+
+def from_lines(printed: str) -> list[str]:
+    """Return the texts of all nodes whose lines are all there, whatever stands between them."""
+    pieces: dict[str, dict[int, str]] = {}
+    wanted: dict[str, int] = {}
+    for line in printed.splitlines():
+        parts = line.partition(TAG)[2].split()
+        if len(parts) == 4:
+            node, number, count, piece = parts
+            pieces.setdefault(node, {})[int(number)] = piece
+            wanted[node] = int(count)
+    whole = [found for node, found in pieces.items() if len(found) == wanted[node]]
+    return [base64.b64decode("".join(found[i] for i in sorted(found))).decode() for found in whole]
+
+
 def main(arguments: list[str]) -> int:
     """Run as a task of srun: print the report of this node."""
     if len(arguments) != 1:
@@ -140,7 +164,7 @@ def main(arguments: list[str]) -> int:
         return 2
     is_first = os.environ.get("SLURM_NODEID", "0") == "0"
     report = attend(Needs.from_json(arguments[0]), os.environ, node=name_of(os.environ), is_first=is_first)
-    print(TAG + report.to_json(), flush=True)
+    print("\n".join(to_lines(report.node, report.to_json())), flush=True)
     return 0
 
 

@@ -13,7 +13,7 @@ import psutil
 from jobs.doctor.findings import Finding, fail
 from jobs.doctor.meeting import listen
 from jobs.doctor.network import check_address, check_port
-from jobs.doctor.node import TAG, attend, examine, name_of, roll_call
+from jobs.doctor.node import attend, examine, from_lines, name_of, roll_call
 from jobs.doctor.report import Needs, NodeReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def by_srun(needs: Needs, environment: Mapping[str, str], master: tuple[str, int
     """Examine every node of the SLURM allocation, which meet at the master's port."""
     needs = replace(needs, meeting=master)
     one_a_node = [f"--nodes={needs.nodes}", f"--ntasks={needs.nodes}", "--ntasks-per-node=1"]
-    command = ["srun", *one_a_node, "--cpu-bind=none", "--export=ALL", "--overlap", "--unbuffered"]
+    command = ["srun", *one_a_node, "--cpu-bind=none", "--export=ALL", "--overlap"]
     command += [sys.executable, "-m", "jobs.doctor.node", needs.to_json()]
     paths = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     try:
@@ -82,8 +82,7 @@ def by_srun(needs: Needs, environment: Mapping[str, str], master: tuple[str, int
         printed, errors = done.stdout, done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
         printed, errors = "", str(error)
-    lines = [line.partition(TAG)[2] for line in printed.splitlines() if TAG in line]
-    reports = [NodeReport.from_json(line) for line in lines]
+    reports = [NodeReport.from_json(text) for text in from_lines(printed)]
     found = []
     if len(reports) < needs.nodes:
         last = " | ".join(errors.strip().splitlines()[-3:]) or "no error was printed"

@@ -36,6 +36,7 @@ def test_every_node_of_an_allocation_is_checked(slurm: SlurmCluster, tmp_path: P
     result = run_job(
         slurm, tmp_path, "--json", "--data.readers.cpus-per-reader", "0.25", PYTHONUNBUFFERED="1"
     )
+    assert "{" in result.output, (result.state, result.exit_code, result.output)
     said = json.loads(result.output[result.output.index("{") :])
     assert (result.state, said["ok"]) == ("COMPLETED", True), result.output
     assert [node["node"] for node in said["nodes"]] == ["n1", "n2"]

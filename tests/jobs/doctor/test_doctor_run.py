@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from jobs.doctor import data, layout, needs
 from jobs.doctor.command import doctor
 from jobs.doctor.findings import Finding
 from jobs.doctor.layout import UncheckedRun, unchecked
+from jobs.doctor.node import from_lines, to_lines
 from jobs.doctor.report import GPUFacts, NodeReport
 from jobs.recipes.large import flamingo_9b, flamingo_80b
 from jobs.recipes.smoke import prepare_smoke, smoke
@@ -275,3 +277,12 @@ def test_wrong_usage():
     with pytest.raises(ValueError, match="unknown recipe"):
         doctor(["none"])
     assert ParallelConfig().tensor == ResourceConfig().workers == 1
+
+
+def test_reports_survive_what_srun_does_to_the_lines_of_two_tasks():
+    texts = {"n1": json.dumps({"says": "ä{" * 900}), "n2": json.dumps({"says": "}" * 2500})}
+    lines = [to_lines(node, text) for node, text in texts.items()]
+    assert all(len(line) < 1024 for each in lines for line in each)
+    mixed = [line for pair in zip_longest(*lines, fillvalue="a warning") for line in pair]
+    assert sorted(from_lines("\n".join(mixed))) == sorted(texts.values())
+    assert from_lines("\n".join(lines[0] + lines[1][:-1])) == [texts["n1"]], "a cut report is none"
