@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jobs.config import RunConfig
 from jobs.driver import LaunchConfig, Phases, run
-from jobs.recipes import RECIPES, Recipe
+from jobs.recipes import RECIPES, Recipe, find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,7 @@ def _recipe(arguments: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
         raise ValueError(
             f"name a recipe: flamingo {command} RECIPE [options]; recipes are {', '.join(RECIPES)}."
         )
-    name = arguments[0].replace("-", "_")
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
-    return RECIPES[name], list(arguments[1:])
+    return find_recipe(arguments[0])[1], list(arguments[1:])
 
 
 def parse_run(recipe: Recipe, arguments: Sequence[str], program: str) -> TrainArguments:

@@ -21,7 +21,7 @@ from flamingo_dist.planning.dry_run import Followed, dry_run
 from flamingo_dist.planning.hardware import GIB
 from jobs.config import RunConfig
 from jobs.plan import workload
-from jobs.recipes import RECIPES
+from jobs.recipes import RECIPES, find_recipe
 
 WIDTH = 110
 """Columns of the tables where the terminal has fewer, as logs have."""
@@ -48,10 +48,8 @@ def dryrun(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: flamingo dryrun RECIPE [options]; recipes are {', '.join(RECIPES)}.")
         return 0 if arguments else 2
-    name = arguments[0].replace("-", "_")
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
-    default = DryRunArguments(run=RECIPES[name].config())
+    name, recipe = find_recipe(arguments[0])
+    default = DryRunArguments(run=recipe.config())
     given = tyro.cli(
         DryRunArguments, default=default, args=list(arguments[1:]), prog=f"flamingo dryrun {name}"
     )

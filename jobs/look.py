@@ -129,12 +129,9 @@ def _data_set(arguments: InspectArguments) -> tuple[DatasetConfig, TokenizerConf
             image_size=arguments.image_size,
         )
         return config, arguments.tokenizer
-    from jobs.recipes import RECIPES
+    from jobs.recipes import find_recipe
 
-    name = arguments.recipe.replace("-", "_")
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments.recipe!r}; recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
+    name, recipe = find_recipe(arguments.recipe)
     if recipe.prepare is not None:
         recipe.prepare()
     data = recipe.config().data

@@ -16,7 +16,7 @@ from flamingo_dist.planning.plan import Layout, Plan, make_plan, scale_batches, 
 from flamingo_dist.planning.seconds import Machine
 from flamingo_dist.planning.workload import DatasetShape, Workload
 from jobs.config import RunConfig
-from jobs.recipes import RECIPES
+from jobs.recipes import RECIPES, find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,9 @@ def plan(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: flamingo plan RECIPE [options]; recipes are {', '.join(RECIPES)}.")
         return 0 if arguments else 2
-    name = arguments[0].replace("-", "_")
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
+    name, recipe = find_recipe(arguments[0])
     given = tyro.cli(PlanArguments, args=list(arguments[1:]), prog=f"flamingo plan {name}")
-    work, machine = resolve(workload(RECIPES[name].config()), given)
+    work, machine = resolve(workload(recipe.config()), given)
     result = make_plan(work, machine, budget_tokens=given.tokens)
     advice = [] if result.layouts else suggestions(work, machine)
     if given.json:

@@ -19,7 +19,7 @@ from jobs.doctor.needs import checkpoint_bytes, needs_of
 from jobs.doctor.reach import Answer, by_ray, by_srun, here, slurm_master, slurm_nodes
 from jobs.doctor.report import NodeReport
 from jobs.doctor.versions import check_same_versions
-from jobs.recipes import RECIPES, Recipe
+from jobs.recipes import RECIPES, Recipe, find_recipe
 
 Group = Literal["data", "disk", "nodes"]
 
@@ -53,14 +53,12 @@ def doctor(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: flamingo doctor RECIPE [options]; recipes are {', '.join(RECIPES)}.")
         return 0 if arguments else 2
-    name = arguments[0].replace("-", "_")
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments[0]!r}; recipes are {', '.join(RECIPES)}.")
-    default = DoctorArguments(run=unchecked(RECIPES[name].config()))
+    name, recipe = find_recipe(arguments[0])
+    default = DoctorArguments(run=unchecked(recipe.config()))
     given = tyro.cli(
         DoctorArguments, default=default, args=list(arguments[1:]), prog=f"flamingo doctor {name}"
     )
-    found, reports = examine_run(RECIPES[name], given)
+    found, reports = examine_run(recipe, given)
     show(given, found, reports)
     return 1 if any(finding.level == "fail" for finding in found) else 0
 

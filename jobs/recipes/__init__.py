@@ -48,3 +48,15 @@ RECIPES = {
     "opt_1b": Recipe(config=opt_1b),
     "gpt2_1b": Recipe(config=gpt2_1b),
 }
+
+
+def find_recipe(given: str) -> tuple[str, Recipe]:
+    """Return name and recipe of what a command line calls `given`, dashes or underscores.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = given.replace("-", "_")
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {given!r}; recipes are {', '.join(RECIPES)}.")
+    return name, RECIPES[name]
