@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from flamingo_dist.models.init import ParamTag
 from flamingo_dist.models.linear import tp_size
+from flamingo_dist.models.stored_shapes import complaint, differences
 from flamingo_dist.parallel.topology import MegatronMPU
 from flamingo_dist.training.checkpoint_folder import STATE, CheckpointError, read_manifest
 from flamingo_dist.training.fragments import Fragment, LoadFragments, Slice
@@ -45,17 +46,9 @@ def check_stored(path: Path, wanted: Mapping[str, torch.Size], *, kinds: Iterabl
     """
     chosen = tuple(f"{kind}/" for kind in kinds) or ("",)
     stored = {name: shape for name, shape in stored_shapes(path).items() if name.startswith(chosen)}
-    missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    if missing or surplus:
-        raise CheckpointError(
-            f"{path} does not fit the network: missing {missing[:5]} ({len(missing)} in all), surplus {surplus[:5]} "
-            f"({len(surplus)} in all)."
-        )
-    for name, shape in wanted.items():
-        if stored[name] != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(stored[name])}, the network needs {tuple(shape)}."
-            )
+    apart = differences(stored, wanted)
+    if any(apart):
+        raise CheckpointError(f"{path} does not fit the network: {complaint(stored, wanted, apart)}.")
 
 
 def read_fragments(path: Path, fragments: dict[str, Fragment]) -> None:

@@ -69,11 +69,10 @@ def write_network(
     stated = dataclasses.asdict(config)
     stated["vision"] = dict(vision) if vision is not None else _copy_vision(config.vision, folder)
     shapes = write_tensors(folder, parameters, shard_bytes=shard_bytes)
-    has_frozen = any(name.startswith("lm.layers.") for name in shapes)
-    if has_frozen:
+    if _holds_frozen(shapes):
         stated["lm"]["weights"] = None
     stated["weights"] = None
-    written = {"format": FORMAT, "version": VERSION, "frozen": has_frozen, "model": stated, **(more or {})}
+    written = {"format": FORMAT, "version": VERSION, "model": stated, **(more or {})}
     (folder / "config.json").write_text(json.dumps(written, indent=1))
 
 
@@ -147,7 +146,7 @@ class NetworkFolder:
             ValueError: naming what is missing, surplus or of another shape.
         """
         found = self.tensors.shapes()
-        has_frozen = any(name.startswith("lm.layers.") for name in found)
+        has_frozen = _holds_frozen(found)
         wanted = {
             name: whole_shape(name, param, tp_size=self.tp_size, vocab_size=vocab_size)
             for name, param in model.named_parameters()
@@ -169,6 +168,11 @@ class NetworkFolder:
             return nn.functional.pad(value, (0, 0, 0, short)) if short else value
 
         return value_of
+
+
+def _holds_frozen(names: Iterable[str]) -> bool:
+    """Return whether a folder with these parameters holds the frozen language model too."""
+    return any(name.startswith("lm.layers.") for name in names)
 
 
 def _is_vocabulary(name: str) -> bool:

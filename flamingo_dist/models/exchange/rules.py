@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flamingo_dist.models.stored_shapes import complaint, differences
+
 Shapes = Mapping[str, torch.Size]
 
 
@@ -110,20 +112,9 @@ def check_tensors(found: Shapes, wanted: Shapes, where: str, *, ignored: Collect
     Raises:
         ValueError: naming what is missing, surplus or of another shape.
     """
-    missing = sorted(wanted.keys() - found.keys())
-    surplus = sorted(found.keys() - wanted.keys() - set(ignored))
-    complaints = [
-        f"{kind} {names[:5]} ({len(names)} in all)"
-        for kind, names in (("missing", missing), ("surplus", surplus))
-        if names
-    ]
-    complaints += [
-        f"{name} has shape {tuple(found[name])} instead of {tuple(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if tuple(found[name]) != tuple(wanted[name])
-    ][:5]
-    if complaints:
-        raise ValueError(f"{where} does not hold this network: {'; '.join(complaints)}.")
+    apart = differences(found, wanted, ignored=set(ignored).__contains__)
+    if any(apart):
+        raise ValueError(f"{where} does not hold this network: {complaint(found, wanted, apart)}.")
 
 
 def read_ours(rules: Sequence[Rule], source: TensorSource) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Weights of an NFNet: from the published files, drawn at random, or empty on the meta device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flamingo_dist.models.init import ParamTag, draw
+from flamingo_dist.models.stored_shapes import differences, shortened
 from flamingo_dist.models.vision.haiku_file import read_pickle
 from flamingo_dist.models.vision.nfnet_shape import NFNetShape, TensorSpec
 
@@ -17,8 +18,6 @@ HAIKU_PREFIX = "NFNet/~/"
 """The published code's name of the network, before the names of its modules."""
 CLASSIFIER = ("head.fc.weight", "head.fc.bias", f"{HAIKU_PREFIX}linear/w", f"{HAIKU_PREFIX}linear/b")
 """What a checkpoint may hold beside the encoder."""
-SHOWN = 5
-"""Names in an error message."""
 
 Reader = Callable[[TensorSpec], Tensor]
 """Gives one tensor in torch's layout, fp32, each one once."""
@@ -67,7 +66,7 @@ class Published:
         if not self._haiku and not any(name.startswith("stem.conv1.") for name in shapes):
             raise ValueError(
                 f"{path} holds neither haiku's names ({HAIKU_PREFIX}stem_conv0/w) nor timm's "
-                f"(stem.conv1.weight); it begins with {_listed(shapes)}."
+                f"(stem.conv1.weight); it begins with {shortened(list(shapes))}."
             )
         expected = {self._name(spec): self._stored_shape(spec) for spec in shape.tensors()}
         check_tensors(path, expected, {n: s for n, s in shapes.items() if n not in CLASSIFIER})
@@ -102,23 +101,17 @@ def check_tensors(
     Raises:
         ValueError: one is missing, superfluous or of another shape; the message names it.
     """
+    apart = differences(found, expected)
+    wrong = [f"{n} of shape {list(found[n])} instead of {list(expected[n])}" for n in apart.misshaped]
     faults = []
-    if missing := expected.keys() - found.keys():
-        faults.append(f"lacks {_listed(sorted(missing))}")
-    if extra := found.keys() - expected.keys():
-        faults.append(f"holds {_listed(sorted(extra))}, which the encoder does not have")
-    wrong = [n for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
-    shown = [f"{n} of shape {list(found[n])} instead of {list(expected[n])}" for n in wrong]
-    if shown:
-        faults.append(f"holds {_listed(shown)}")
+    if apart.missing:
+        faults.append(f"lacks {shortened(apart.missing)}")
+    if apart.surplus:
+        faults.append(f"holds {shortened(apart.surplus)}, which the encoder does not have")
+    if wrong:
+        faults.append(f"holds {shortened(wrong)}")
     if faults:
         raise ValueError(f"{path} {'; it '.join(faults)}. Give the weights of the encoder that `name` names.")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 class _Arrays:

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from flamingo_dist.models.stored_shapes import shortened
 from flamingo_dist.models.vision.base import Normalisation, VisionEncoder
 from flamingo_dist.models.vision.config import VisionConfig
 from flamingo_dist.models.vision.vit_shape import ViTShape, vit_config
@@ -29,8 +30,6 @@ UNUSED = (
 )
 """Beginnings of the names of what a checkpoint may hold beside the encoder: the text tower, projections, SigLIP's
 pooling head, a classifier, and the mask token of DINOv2's training."""
-SHOWN = 5
-"""Names in an error message."""
 
 
 class ViTEncoder(VisionEncoder):
@@ -107,8 +106,7 @@ def _check(config: VisionConfig, report: dict[str, Any]) -> None:
     extra = [n for n in report["unexpected_keys"] if not n.startswith(UNUSED)]
     wrong = [f"{n} of shape {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
     faults = [
-        f"{verb} {', '.join(sorted(names)[:SHOWN])}"
-        + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        f"{verb} {shortened(sorted(names))}"
         for verb, names in (("lacks", report["missing_keys"]), ("holds the unknown", extra), ("holds", wrong))
         if names
     ]

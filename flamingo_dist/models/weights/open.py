@@ -3,14 +3,13 @@
 import re
 
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.stored_shapes import differences, listed
 from flamingo_dist.models.weights.gguf import GGUFSource, gguf_lm_config
 from flamingo_dist.models.weights.hugging_face import hf_lm_config
 from flamingo_dist.models.weights.layout import lm_layout
 from flamingo_dist.models.weights.naming import NAMES
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.models.weights.source import RenamedSource, WeightSource
-
-_SHOWN = 5
 
 
 def open_lm_weights(config: LMConfig) -> WeightSource:
@@ -49,20 +48,12 @@ def _rooted(source: WeightSource, config: LMConfig) -> WeightSource:
 def _check(source: WeightSource, config: LMConfig) -> None:
     """Raise `ValueError` unless the source holds what the configuration says."""
     expected, found = lm_layout(config).stored, source.shapes()
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(name for name in found.keys() - expected.keys() if not _is_known_surplus(name, config))
-    wrong = [
-        f"{name} is {found[name]} and should be {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    problems = [
-        f"{what} {items[:_SHOWN]} ({len(items)} in all)"
-        for what, items in (("missing", missing), ("surplus", surplus), ("misshaped", wrong))
-        if items
-    ]
-    if problems:
-        raise ValueError(f"weights {config.weights} do not fit the LM configuration: {'; '.join(problems)}.")
+    apart = differences(found, expected, ignored=lambda name: _is_known_surplus(name, config))
+    wrong = [f"{name} is {found[name]} and should be {expected[name]}" for name in apart.misshaped]
+    parts = listed("missing", apart.missing), listed("surplus", apart.surplus), listed("misshaped", wrong)
+    if any(parts):
+        problems = "; ".join(filter(None, parts))
+        raise ValueError(f"weights {config.weights} do not fit the LM configuration: {problems}.")
 
 
 def _is_known_surplus(name: str, config: LMConfig) -> bool:
