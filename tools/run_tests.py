@@ -140,7 +140,6 @@ def environment_of(phase: Phase) -> dict[str, str] | None:
 
 
 _running: set["subprocess.Popen[bytes]"] = set()
-_said = threading.Lock()
 
 
 def _pass_on(signum: int, frame: object) -> None:
@@ -179,8 +178,7 @@ def run_phase(name: str, extra: list[str], *, beside: bool = False) -> PhaseResu
         result = PhaseResult(name, code, time.monotonic() - start)
         read_junit(junit, result)
         if beside:
-            with _said:
-                print(f"=== {name} tests\n{shown.read_text(errors='replace')}", end="", flush=True)
+            print(f"=== {name} tests\n{shown.read_text(errors='replace')}", end="", flush=True)
     return result
 
 

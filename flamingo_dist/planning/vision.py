@@ -3,22 +3,13 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flamingo_dist.models.vision.config import VisionConfig
+from flamingo_dist.models.vision.config import EFFICIENTNET_WIDTH, VisionConfig
+from flamingo_dist.models.vision.efficientnet import STAGES
 from flamingo_dist.models.vision.nfnet_shape import NFNETS, BlockShape, ConvShape
 
 if TYPE_CHECKING:  # it imports transformers
     from flamingo_dist.models.vision.vit_shape import ViTShape
 
-LITE0_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-"""EfficientNet-Lite0's stages: blocks, kernel, stride, expansion, width."""
 NORMALISATION = 6
 """Values of the mean and the standard deviation that pixels are normalised by."""
 
@@ -102,7 +93,7 @@ def _in_order(config: VisionConfig, *, blocks: bool) -> Iterator[ConvShape]:
 def _lite0() -> Iterator[ConvShape]:
     yield ConvShape(inputs=3, outputs=32, kernel=3, stride=2)
     width = 32
-    for repeats, kernel, stride, expansion, out in LITE0_STAGES:
+    for repeats, kernel, stride, expansion, out in STAGES:
         for repeat in range(repeats):
             inner, step = width * expansion, stride if repeat == 0 else 1
             if expansion > 1:
@@ -110,7 +101,7 @@ def _lite0() -> Iterator[ConvShape]:
             yield ConvShape(inputs=inner, outputs=inner, kernel=kernel, stride=step, groups=inner)
             yield ConvShape(inputs=inner, outputs=out)
             width = out
-    yield ConvShape(inputs=width, outputs=1280)
+    yield ConvShape(inputs=width, outputs=EFFICIENTNET_WIDTH)
 
 
 def _blocks(config: VisionConfig) -> Iterator[BlockShape]:

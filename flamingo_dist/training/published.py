@@ -25,6 +25,7 @@ class PublishedWeights:
         """
         self.config, self.topology = config, topology
         self.source = open_lm_weights(config)
+        self._extra: dict[bool, tuple[Tensor, float]] = {}
 
     def values(self, name: str, param: nn.Parameter) -> Tensor:
         """Return this rank's values of the LM's parameter `name`, of the parameter's shape.
@@ -45,7 +46,12 @@ class PublishedWeights:
 
     def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
         """Return start values fp32 [2, D] of the trainable rows, and how much published rows differ."""
-        return extra_start(self.source, self.config, head=head)
+        own_head = (
+            head and not self.config.tied
+        )  # a tied head's rows are the embedding's, and are not read again
+        if own_head not in self._extra:
+            self._extra[own_head] = extra_start(self.source, self.config, head=own_head)
+        return self._extra[own_head]
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         tensor = self.topology.tensor

@@ -11,6 +11,7 @@ import fsspec
 from data_pipeline.config import DatasetConfig
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.planning.hardware import GIB
 from jobs.config import RunConfig
 from jobs.doctor.findings import Finding, fail, ok, warn
 
@@ -161,7 +162,7 @@ def check_weights(what: str, path: str) -> Finding:
         sizes = [_checked_size(fs, file) for file in files]
     except (OSError, ValueError, ImportError) as error:
         return fail(what, f"{path}: {_first_line(error)}", remedy)
-    return ok(what, f"{path}: {len(files)} files, {sum(sizes) / (1 << 30):.2f} GiB")
+    return ok(what, f"{path}: {len(files)} files, {sum(sizes) / GIB:.2f} GiB")
 
 
 def _not_there(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str]) -> list[str]:

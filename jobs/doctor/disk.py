@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flamingo_dist.planning.hardware import GIB
 from jobs.doctor.findings import Finding, fail, ok, warn
 
-GIB = 1 << 30
 RAY_FULL = 0.95
 """Share of the disk below its temporary folder from which Ray refuses new objects."""
 MARK = ".doctor-{}"

@@ -1,9 +1,8 @@
 """GPUs that a process of this node may use."""
 
+from flamingo_dist.planning.hardware import GIB
 from jobs.doctor.findings import Finding, fail, ok, warn
 from jobs.doctor.report import GPUFacts
-
-GIB = 1 << 30
 
 
 def present() -> tuple[GPUFacts, ...]:

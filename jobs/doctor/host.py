@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 
+from flamingo_dist.planning.hardware import GIB
 from jobs.doctor.findings import Finding, fail, ok, warn
 from jobs.doctor.report import Needs
 
-GIB = 1 << 30
 OPEN_FILES = 65_536
 """Open files that Ray asks for; it raises the soft limit itself as far as the hard one allows."""
 SHARED_MEMORY_SHARE = 0.3

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from flamingo_dist.planning.hardware import GPUS, Assumptions
+from flamingo_dist.planning.hardware import GPUS, Assumptions, gpu_of
 from flamingo_dist.planning.plan import make_plan, rank_memory, suggestions
 from flamingo_dist.planning.seconds import Machine
 from jobs.config import RunConfig
@@ -169,18 +169,14 @@ def check_gpu_memory(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Findin
         return []
     work, world, tensor = workload(run), run.resources.workers, run.parallel.tensor
     name = next(gpu.name for node in nodes for gpu in node.gpus)
-    kinds, needed = (
-        rank_memory(work, Assumptions(), tp=tensor, dp=world // tensor, residency=run.parallel.frozen)[0],
-        0.0,
-    )
+    kinds, _ = rank_memory(work, Assumptions(), tp=tensor, dp=world // tensor, residency=run.parallel.frozen)
     needed = sum(kinds.values())
     largest = ", ".join(f"{k} {v:.1f}" for k, v in sorted(kinds.items(), key=lambda item: -item[1])[:3])
     says = f"{needed:.1f} GiB a GPU predicted ({largest}), the smallest {name} has {min(memory):.1f} GiB"
     if needed <= min(memory):
         return [ok("GPU memory", says)]
-    sheet = next((g for key, g in GPUS.items() if key.split("-")[0] in name.lower()), GPUS["h100"])
     machine = Machine(
-        gpu=replace(sheet, memory_gib=min(memory)),
+        gpu=replace(gpu_of(name) or GPUS["h100"], memory_gib=min(memory)),
         gpus=world,
         gpus_per_node=max(len(node.gpus) for node in nodes),
         assumptions=Assumptions(),

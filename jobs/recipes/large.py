@@ -25,6 +25,8 @@ VOCAB = 32_000
 """SentencePiece vocabulary of Flamingo's and Chinchilla's model cards."""
 WIDTH = 1536
 """Width of the resampler, the same at every size (table 4)."""
+ROOT = "s3://YOUR-BUCKET"
+"""Where the data are; a name to put one's own in place of."""
 IMAGE = 320
 """Pixels (paper: 320, up from 288 in pretraining)."""
 LAMBDAS = {"m3w": 1.0, "align": 0.2, "ltip": 0.2, "vtp": 0.03}
@@ -54,16 +56,14 @@ def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConf
     )
 
 
-def paper_data(
-    batch: int, *, vocab_size: int = VOCAB, image_size: int = IMAGE, root: str = "s3://YOUR-BUCKET"
-) -> DataConfig:
+def paper_data(batch: int, *, vocab_size: int = VOCAB, image_size: int = IMAGE) -> DataConfig:
     """Return the paper's four data sets with the batch sizes of its ablations, scaled to `batch` documents."""
     image: dict[str, Any] = {"image_size": image_size}
     train = {
         "m3w": DatasetConfig(
             name="m3w",
             kind="interleaved",
-            urls=(f"{root}/m3w",),
+            urls=(f"{ROOT}/m3w",),
             batch_size=batch,
             seq_len=256,
             max_media=5,
@@ -74,7 +74,7 @@ def paper_data(
             name: DatasetConfig(
                 name=name,
                 kind="pair",
-                urls=(f"{root}/{name}",),
+                urls=(f"{ROOT}/{name}",),
                 batch_size=2 * batch,
                 seq_len=length,
                 weight=LAMBDAS[name],
@@ -85,7 +85,7 @@ def paper_data(
         "vtp": DatasetConfig(
             name="vtp",
             kind="video",
-            urls=(f"{root}/vtp",),
+            urls=(f"{ROOT}/vtp",),
             batch_size=batch // 4,
             seq_len=32,
             frames=8,
@@ -93,9 +93,14 @@ def paper_data(
             **image,
         ),
     }
+    return large_data(train, vocab_size)
+
+
+def large_data(train: dict[str, DatasetConfig], vocab_size: int) -> DataConfig:
+    """Return data sets under `ROOT` with the tokenizer there, read by 64 readers."""
     return DataConfig(
         train=train,
-        tokenizer=TokenizerConfig(kind="hf", path=f"{root}/tokenizer", vocab_size=vocab_size),
+        tokenizer=TokenizerConfig(kind="hf", path=f"{ROOT}/tokenizer", vocab_size=vocab_size),
         readers=ReaderConfig(readers=64, cpus_per_reader=1, prefetch=4),
     )
 

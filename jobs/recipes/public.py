@@ -9,20 +9,17 @@ encoder is a random one of CLIP ViT-L/14's width; `--model.vision.name clip --mo
 from dataclasses import replace
 from typing import Any
 
-from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
-from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig, RopeScaling
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from jobs.config import DataConfig, RunConfig
-from jobs.recipes.large import large_run, paper_data
+from jobs.recipes.large import ROOT, large_data, large_run, paper_data
 
 IMAGE = 224
 CLIP_WIDTH = 1024
-ROOT = "s3://YOUR-BUCKET"
 
 
 def _vision() -> VisionConfig:
@@ -183,39 +180,29 @@ def gpt2_1b() -> RunConfig:
 
 def mpt_1b() -> RunConfig:
     """Return OpenFlamingo-3B's arrangement: MPT-1B (RedPajama), a gated block before every LM block; 64 GPUs."""
-    lm = LMConfig(
-        vocab_size=50_368,
-        num_layers=24,
-        width=2048,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=128,
-        ffn_width=8192,
-        activation="gelu",
-        norm="layer_no_bias",
-        qk_norm="width",
-        positions="alibi",
-        naming="mosaic_gpt",
-    )
+    lm = _mpt(vocab_size=50_368, num_layers=24, width=2048, qk_norm="width", naming="mosaic_gpt")
     return _open_flamingo("mpt_1b", lm, every=1)
 
 
 def mpt_7b() -> RunConfig:
     """Return OpenFlamingo-9B's arrangement: MPT-7B, a gated block before every 4th LM block, its last; 64 GPUs."""
-    lm = LMConfig(
-        vocab_size=50_432,
-        num_layers=32,
-        width=4096,
-        num_heads=32,
-        num_kv_heads=32,
+    lm = _mpt(vocab_size=50_432, num_layers=32, width=4096, naming="mpt")
+    return _open_flamingo("mpt_7b", lm, every=4)
+
+
+def _mpt(*, width: int, **shape: Any) -> LMConfig:
+    """Return an MPT: heads of 128, a hidden width of 4 D, ALiBi, norms without a shift."""
+    return LMConfig(
+        width=width,
+        num_heads=width // 128,
+        num_kv_heads=width // 128,
         head_dim=128,
-        ffn_width=16_384,
+        ffn_width=4 * width,
         activation="gelu",
         norm="layer_no_bias",
         positions="alibi",
-        naming="mpt",
+        **shape,
     )
-    return _open_flamingo("mpt_7b", lm, every=4)
 
 
 def _open_flamingo(name: str, lm: LMConfig, *, every: int) -> RunConfig:
@@ -262,8 +249,4 @@ def _open_flamingo_data(vocab_size: int) -> DataConfig:
         weight=0.2,
         image_size=IMAGE,
     )
-    return DataConfig(
-        train={"mmc4": mmc4, "laion": laion},
-        tokenizer=TokenizerConfig(kind="hf", path=f"{ROOT}/tokenizer", vocab_size=vocab_size),
-        readers=ReaderConfig(readers=64, cpus_per_reader=1, prefetch=4),
-    )
+    return large_data({"mmc4": mmc4, "laion": laion}, vocab_size)

@@ -12,11 +12,16 @@ from flamingo_dist.models.vision.config import VisionConfig
 BN_EPSILON = 1e-3
 
 STAGES = (
-    *((1, 1, False), (2, 2, True), (2, 2, True), (3, 2, True)),
-    *((3, 1, True), (4, 2, True), (1, 1, True)),
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
 )
-"""Each stage's number of blocks, stride of its first block, and whether its blocks expand their channels.
-Kernel sizes and widths are read off the weights."""
+"""Each stage's number of blocks, kernel, stride of its first block, expansion and width. The encoder reads kernels and
+widths off the weights."""
 
 CPU_CHUNK = 4
 """Images at a time on a CPU: more do not fit its caches (70 images a second and core instead of 50)."""
@@ -39,12 +44,12 @@ class EfficientNetLite0(VisionEncoder):
         convs = FoldedConvs(_load(config.weights), config.torch_dtype)
         self.stem = convs.make("_conv_stem", "_bn0", stride=2)
         blocks: list[nn.Module] = []
-        for repeats, stride, expand in STAGES:
+        for repeats, _, stride, expansion, _ in STAGES:
             for repeat in range(repeats):
                 first = repeat == 0
                 prefix = f"_blocks.{len(blocks)}"
                 first_stride = stride if first else 1
-                block = _Block(convs, prefix, stride=first_stride, expand=expand, residual=not first)
+                block = _Block(convs, prefix, stride=first_stride, expand=expansion > 1, residual=not first)
                 blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
         self.head = convs.make("_conv_head", "_bn1")

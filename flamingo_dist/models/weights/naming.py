@@ -1,6 +1,6 @@
 """What the families call their tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flamingo_dist.models.lm_config import Naming
 
@@ -95,18 +95,8 @@ MPT = Names(
     down="ffn.down_proj",
     qk_norms=("attn.q_ln", "attn.k_ln"),
 )
-MOSAIC_GPT = Names(
-    roots=("transformer.", "", "model.transformer."),
-    embedding="wte",
-    final_norm="ln_f",
-    block="blocks.{}.",
-    input_norm="ln_1",
-    mlp_norm="ln_2",
-    qkv=("attn.Wqkv",),
-    proj="attn.out_proj",
-    up=("mlp.mlp_up",),
-    down="mlp.mlp_down",
-    qk_norms=("attn.q_ln", "attn.k_ln"),
+MOSAIC_GPT = replace(
+    MPT, final_norm="ln_f", input_norm="ln_1", mlp_norm="ln_2", up=("mlp.mlp_up",), down="mlp.mlp_down"
 )
 NAMES: dict[Naming, Names] = {
     "llama": LLAMA,
