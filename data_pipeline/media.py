@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from data_pipeline.errors import BadSampleError
+from data_pipeline.resize import resize_bicubic
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 PIL_VIDEO_EXTENSIONS = ("webp", "gif")
@@ -290,22 +291,29 @@ def _fit(
         image = image.convert("RGB")
     scale = size / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    image = image.resize(fitted, Image.Resampling.BICUBIC)
+    pixels_HW3 = resize_bicubic(np.asarray(image), fitted[1], fitted[0])
     if augmentation is not None:
-        enhancers: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for enhancer, factor in zip(enhancers, augmentation.factors, strict=True):
-            if factor != 1.0:
-                image = enhancer(image).enhance(factor)
-    pixels_3HW = np.asarray(image).transpose(2, 0, 1)
-    if augmentation is not None and augmentation.flip:
-        pixels_3HW = pixels_3HW[:, :, ::-1]
+        if any(factor != 1.0 for factor in augmentation.factors):
+            pixels_HW3 = _jittered(pixels_HW3, augmentation.factors)
+        if augmentation.flip:
+            pixels_HW3 = pixels_HW3[:, ::-1]
     left, top = (size - fitted[0]) // 2, (size - fitted[1]) // 2
     right, bottom = left + fitted[0], top + fitted[1]
     colour_3 = np.array(config.pad_colour, np.uint8)[:, None, None]
     for border_3HW in (out_3HW[:, :top], out_3HW[:, bottom:], out_3HW[:, :, :left], out_3HW[:, :, right:]):
         if border_3HW.size:
             border_3HW[:] = colour_3
-    out_3HW[:, top:bottom, left:right] = pixels_3HW
+    out_3HW[:, top:bottom, left:right] = pixels_HW3.transpose(2, 0, 1)
+
+
+def _jittered(pixels_HW3: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
+    """Scale brightness, contrast and saturation of uint8 [H, W, 3]."""
+    image = Image.fromarray(pixels_HW3)
+    enhancers: tuple[Any, ...] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for enhancer, factor in zip(enhancers, factors, strict=True):
+        if factor != 1.0:
+            image = enhancer(image).enhance(factor)
+    return np.asarray(image)
 
 
 class _Deadline:
