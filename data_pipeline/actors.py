@@ -31,11 +31,10 @@ from data_pipeline.dispatch import Dispatcher, Unit
 from data_pipeline.errors import BadDataError, NotOpenError
 from data_pipeline.feed import check_datasets, check_saved, make_state
 from data_pipeline.index import ShardIndex
-from data_pipeline.ledger import Ledger
+from data_pipeline.ledger import LedgerActor
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
 _ASKS = 4
-_REMEMBERED = 256  # steps; those read ahead are reported out of order, older ones are repeats after a resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,44 +122,6 @@ class Reader:
         return batch, batch.skips
 
 
-class LedgerActor:
-    """Actor that counts bad samples over all ranks and stops all ranks at one step."""
-
-    def __init__(
-        self, datasets: Sequence[DatasetConfig], quarantine: str | None, skips: Mapping[str, Sequence[Skip]]
-    ) -> None:
-        """Open the ledger with what indexing found."""
-        self._ledger = Ledger(datasets, quarantine)
-        for name, found in skips.items():
-            self._ledger.record(name, 0, found)
-        self._counted: dict[int, set[int]] = {}
-        self._furthest = -1
-        self._stop_at: int | None = None
-
-    def report(self, dp_rank: int, step: int, read: Mapping[str, tuple[int, Sequence[Skip]]]) -> None:
-        """Count a step that one rank's readers have made; a step made again is not counted again."""
-        counted = self._counted.setdefault(dp_rank, set())
-        newest = max(counted, default=step)
-        again = step in counted or step <= newest - _REMEMBERED
-        self._counted[dp_rank] = {s for s in counted | {step} if s > newest - _REMEMBERED}
-        for name, (samples, skips) in read.items():
-            self._ledger.record(name, 0 if again else samples, skips)
-
-    def may_pass(self, step: int) -> str | None:
-        """Allow a rank to train a step, or say why not. All ranks get the same answer for the same step."""
-        message = self._ledger.verdict()
-        if message is not None and self._stop_at is None:
-            self._stop_at = self._furthest + 1
-        if self._stop_at is not None and step >= self._stop_at:
-            return message
-        self._furthest = max(self._furthest, step)
-        return None
-
-    def summary(self) -> dict[str, Any]:
-        """Return counts of read and bad samples, see `Ledger.summary`."""
-        return self._ledger.summary()
-
-
 class Coordinator:
     """Actor of one data-parallel rank: keeps calls to readers outstanding and serves all peers alike."""
 
@@ -178,6 +139,7 @@ class Coordinator:
         self._ledger: Any = None
         self._dispatcher: Dispatcher | None = None
         self._rank, self._size, self._peers, self._prefetch = dp_rank, dp_size, peers, config.prefetch
+        self._samples = {c.name: c.local_batch_size(dp_size) for c in datasets}
         self._steps: dict[int, asyncio.Task[dict[str, list[Any]]]] = {}
         self._verdicts: dict[int, asyncio.Task[str | None]] = {}
         self._asked: dict[int, int] = {}
@@ -252,7 +214,7 @@ class Coordinator:
 
     async def _ask_ledger(self, step: int) -> str | None:
         """Ask whether the step may be trained."""
-        answer: str | None = await self._ledger.may_pass.remote(step)
+        answer: str | None = await self._ledger.may_pass.remote(self._rank, step, self._samples)
         return answer
 
     async def _build(self, step: int) -> dict[str, list[Any]]:
@@ -262,7 +224,7 @@ class Coordinator:
         made = await asyncio.gather(*map(self._dispatcher.make, units), return_exceptions=True)
         batches, read = {}, {}
         for config, result in zip(self._datasets, made, strict=True):
-            samples = config.local_batch_size(self._size)
+            samples = self._samples[config.name]
             if isinstance(result, BaseException):  # dead readers, or a fault in our own code
                 found: Sequence[Skip] = (self._failed(config, step, result),)
                 empty = empty_batch(
@@ -279,7 +241,8 @@ class Coordinator:
                 batch, found = result
             batches[config.name] = [batch]
             read[config.name] = (samples, tuple(found))
-        await self._ledger.report.remote(self._rank, step, read)
+        if any(found for _, found in read.values()):
+            await self._ledger.report.remote(self._rank, step, read)
         return batches
 
     def _failed(self, config: DatasetConfig, step: int, error: BaseException) -> Skip:

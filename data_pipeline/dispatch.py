@@ -46,6 +46,8 @@ class _Reader:
     """What a dispatcher knows of one reader."""
 
     actor: Any
+    make: Any
+    """Its method, which gives the batch and its skips as two objects."""
     pending: int = 0
     """Calls that it has not answered, those included that another reader answered first."""
     opening: asyncio.Task[None] | None = None
@@ -82,7 +84,9 @@ class Dispatcher:
             retries: deaths of readers that one unit outlives.
             slow_after: a unit that takes this many times the usual is asked of another reader; 0 never.
         """
-        self._readers = [_Reader(actor) for actor in readers]
+        # Ray does not repeat the call, so that a death is heard of at once.
+        calls = [actor.make.options(num_returns=2, max_task_retries=0) for actor in readers]
+        self._readers = [_Reader(actor, make) for actor, make in zip(readers, calls, strict=True)]
         self._loaded, self._turn = list(loaded), first
         self._retries, self._slow_after = retries, slow_after
         self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
@@ -133,9 +137,8 @@ class Dispatcher:
                 call.batch = None
 
     def _ask(self, reader: _Reader, unit: Unit, calls: _Calls) -> None:
-        """Ask one reader. Ray does not repeat the call, so that a death is heard of at once."""
-        make = reader.actor.make.options(num_returns=2, max_task_retries=0)
-        batch, skips = make.remote(unit.dataset, unit.step, unit.dp_rank, unit.dp_size)
+        """Ask one reader."""
+        batch, skips = reader.make.remote(unit.dataset, unit.step, unit.dp_rank, unit.dp_size)
         call = _Call(reader, batch, skips)
         reader.pending += 1
         task = asyncio.create_task(self._answer(call))

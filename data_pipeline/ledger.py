@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from data_pipeline.batch import Skip
 from data_pipeline.config import DatasetConfig
 
 _NAMED_CAUSES = 3
+_REMEMBERED = 256  # steps; those read ahead are reported out of order, older ones are repeats after a resume
 
 
 class Ledger:
@@ -114,6 +115,54 @@ class Ledger:
             }
             for name in self._configs
         }
+
+
+class LedgerActor:
+    """Actor that counts bad samples over all ranks and stops all ranks at one step."""
+
+    def __init__(
+        self, datasets: Sequence[DatasetConfig], quarantine: str | None, skips: Mapping[str, Sequence[Skip]]
+    ) -> None:
+        """Open the ledger with what indexing found."""
+        self._ledger = Ledger(datasets, quarantine)
+        for name, found in skips.items():
+            self._ledger.record(name, 0, found)
+        self._counted: dict[int, set[int]] = {}
+        self._furthest = -1
+        self._stop_at: int | None = None
+
+    def report(self, dp_rank: int, step: int, read: Mapping[str, tuple[int, Sequence[Skip]]]) -> None:
+        """Count a step that one rank's readers have made; a step made again is not counted again."""
+        counted = self._counted.setdefault(dp_rank, set())
+        newest = max(counted, default=step)
+        again = step in counted or step <= newest - _REMEMBERED
+        if not again:
+            counted.add(step)
+            if len(counted) > 2 * _REMEMBERED:
+                counted -= {s for s in counted if s <= newest - _REMEMBERED}
+        for name, (samples, skips) in read.items():
+            self._ledger.record(name, 0 if again else samples, skips)
+
+    def may_pass(self, dp_rank: int, step: int, samples: Mapping[str, int]) -> str | None:
+        """Allow a rank to train a step, or say why not. All ranks get the same answer for the same step.
+
+        Args:
+            dp_rank: the rank.
+            step: the step; one without bad samples is counted now, others were reported when they were made.
+            samples: what the rank reads in a step, by data set.
+        """
+        self.report(dp_rank, step, {name: (number, ()) for name, number in samples.items()})
+        message = self._ledger.verdict()
+        if message is not None and self._stop_at is None:
+            self._stop_at = self._furthest + 1
+        if self._stop_at is not None and step >= self._stop_at:
+            return message
+        self._furthest = max(self._furthest, step)
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts of read and bad samples, see `Ledger.summary`."""
+        return self._ledger.summary()
 
 
 def _identity(skip: Skip) -> tuple[str, int, str, str]:
