@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from jobs.bench_data.corpus import write_corpus
-from jobs.bench_data.loaders import ALONE, LOADERS, NEEDS, ON_RAY
+from jobs.bench_data.decode import DECODES
+from jobs.bench_data.loaders import LOADERS, NEEDS, ON_RAY, OUR_DECODE
 from jobs.bench_data.measure import LoaderResult, LoaderTask
 from jobs.bench_data.seeks import SeekResult, measure_seek
 
@@ -37,7 +38,9 @@ class BenchConfig:
     image_size: int = 224
     """Pixels that images are resized to."""
     workers: tuple[int, ...] = (0, 2)
-    """Numbers of decoding processes to measure; 0 is the measured process itself."""
+    """Numbers of decoding processes to measure, or of threads of `ours`; 0 is the measured process itself."""
+    decodes: tuple[str, ...] = tuple(DECODES)
+    """What other loaders decode with: "ours", "pillow" or both. Our reader uses its own."""
     loaders: tuple[str, ...] = tuple(LOADERS)
     """Which loaders; those whose package is not installed are left out."""
     repeats: int = 3
@@ -48,6 +51,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.loaders if name not in LOADERS]:
             raise ValueError(f"loaders {unknown}: unknown; choose from {', '.join(LOADERS)}")
+        if unknown := [name for name in self.decodes if name not in DECODES]:
+            raise ValueError(f"decodes {unknown}: unknown; choose from {', '.join(DECODES)}")
         if self.samples < 10 * self.batch_size or self.batch_size < 1 or self.repeats < 1:
             raise ValueError(
                 f"samples {self.samples}, batch_size {self.batch_size}, repeats {self.repeats}: "
@@ -84,15 +89,26 @@ def bench(config: BenchConfig, console: Console | None = None) -> Path:
 
 def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Console) -> list[LoaderResult]:
     """Measure all loaders in rounds, so that a machine that gets busier does so for all of them alike."""
+    tasks = _tasks(config, shards, out, console)
+    rounds: list[list[LoaderResult]] = [[] for _ in tasks]
+    for _ in range(config.repeats):
+        for task, found in zip(tasks, rounds, strict=True):
+            found.append(_in_own_process(task))
+            console.print(_line(found[-1]), soft_wrap=True)
+    return [_middle(found) for found in rounds]
+
+
+def _tasks(config: BenchConfig, shards: Path, out: Path, console: Console) -> list[LoaderTask]:
+    """List the loaders with their workers and decoders; tells which are not installed."""
     tasks = []
-    for workers in config.workers:
-        for loader in config.loaders:
-            if (workers == 0 and loader in ON_RAY) or (workers and loader in ALONE):
+    for loader in config.loaders:
+        if not _is_installed(NEEDS.get(loader, "data_pipeline")):
+            console.print(f"{loader}: not installed, left out")
+            continue
+        for workers in config.workers:
+            if workers == 0 and loader in ON_RAY:
                 continue
-            if not _is_installed(NEEDS.get(loader, "data_pipeline")):
-                console.print(f"{loader}: not installed, left out")
-                continue
-            tasks.append(
+            tasks += [
                 LoaderTask(
                     loader=loader,
                     shards=str(shards),
@@ -101,14 +117,11 @@ def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Cons
                     image_size=config.image_size,
                     workers=workers,
                     scratch=str(out / f"formats-{config.samples}"),
+                    decode=decode,
                 )
-            )
-    rounds: list[list[LoaderResult]] = [[] for _ in tasks]
-    for _ in range(config.repeats):
-        for task, found in zip(tasks, rounds, strict=True):
-            found.append(_in_own_process(task))
-            console.print(_line(found[-1]), soft_wrap=True)
-    return [_middle(found) for found in rounds]
+                for decode in (("ours",) if loader in OUR_DECODE else config.decodes)
+            ]
+    return sorted(tasks, key=lambda task: task.workers)
 
 
 def _is_installed(module: str) -> bool:
@@ -157,9 +170,10 @@ def _middle(results: list[LoaderResult]) -> LoaderResult:
 
 def _line(result: LoaderResult) -> str:
     if result.error:
-        return f"{result.loader} with {result.workers} workers: {result.error}"
+        return f"{result.loader}, {result.workers} workers, decode {result.decode}: {result.error}"
     return (
-        f"{result.loader} with {result.workers} workers: {result.per_core:.0f} samples a second and core, "
+        f"{result.loader}, {result.workers} workers, decode {result.decode}: "
+        f"{result.per_core:.0f} samples a second and core, "
         f"first batch {result.first_batch_s:.2f} s, resume at 90% {result.resume_s:.2f} s"
     )
 
@@ -171,19 +185,21 @@ def render(config: BenchConfig, results: list[LoaderResult], seeks: list[SeekRes
         f"--image-size {config.image_size} --repeats {config.repeats}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; JPEG 640 x 480, decoded "
-        f"and resized to {config.image_size} by the same function in every loader (ours_scaled: with jpeg_margin 1); "
-        f"tokens of the captions included; middle of {config.repeats} runs.",
+        f"and resized to {config.image_size} by our function or by Pillow's (ours_scaled: with jpeg_margin 1); "
+        f"tokens of the captions included; middle of {config.repeats} runs. Workers of `ours` are threads. Samples a "
+        f"second of CPU time and of the clock are those after the first batch; what comes before has its own columns.",
         "",
-        "| loader | version | workers | samples / s of CPU | samples / s | first batch, s | at 90%, s | resumes by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| loader | version | workers | decode | samples / s of CPU | samples / s | start, s of CPU | first batch, s | "
+        "at 90%, s | resumes by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
         if r.error:
-            lines.append(f"| {r.loader} | | {r.workers} | {r.error} | | | | |")
+            lines.append(f"| {r.loader} | | {r.workers} | {r.decode} | {r.error} | | | | | |")
             continue
         lines.append(
-            f"| {r.loader} | {r.version} | {r.workers} | {r.per_core:.1f} | {r.samples / r.seconds:.1f} | "
-            f"{r.first_batch_s:.2f} | {r.resume_s:.2f} | {r.resume} |"
+            f"| {r.loader} | {r.version} | {r.workers} | {r.decode} | {r.per_core:.1f} | {r.per_second:.1f} | "
+            f"{r.start_cpu_seconds:.2f} | {r.first_batch_s:.2f} | {r.resume_s:.2f} | {r.resume} |"
         )
     lines += [
         "",
@@ -210,9 +226,9 @@ def _plot(path: Path, results: list[LoaderResult]) -> None:
     from matplotlib.figure import Figure
 
     measured = [result for result in results if not result.error]
-    figure = Figure(figsize=(7, 0.5 + 0.4 * max(1, len(measured))), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 + 0.4 * max(1, len(measured))), layout="constrained")
     axes = figure.subplots()
-    names = [f"{r.loader}, {r.workers} workers" for r in measured]
+    names = [f"{r.loader}, {r.workers} workers, decode {r.decode}" for r in measured]
     colours = ["tab:orange" if r.loader.startswith("ours") else "tab:blue" for r in measured]
     axes.barh(names, [r.per_core for r in measured], color=colours)
     axes.invert_yaxis()

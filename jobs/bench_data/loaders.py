@@ -1,4 +1,8 @@
-"""The loaders that are compared. Each decodes and resizes with the same function, so that loading alone differs."""
+"""The loaders that are compared.
+
+Other loaders are measured twice: with our decoder, so that loading alone differs, and with Pillow's, as their
+users write it.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +14,11 @@ import numpy as np
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.feed import LocalFeed
-from data_pipeline.media import MediaConfig, decode_image
-from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
+from data_pipeline.tokenizer import TokenizerConfig
+from jobs.bench_data.decode import SEQ_LEN, Decode
 from jobs.bench_data.measure import LoaderTask, Reading
 
-SEQ_LEN = 64
 _SHUFFLE_BUFFER = 1000
-
-
-class Decode:
-    """Bytes to pixels and tokens; picklable, for the loaders' worker processes."""
-
-    def __init__(self, image_size: int) -> None:
-        """Decode to squares of `image_size` pixels."""
-        self.media = MediaConfig(image_size=image_size, hflip_p=0.0)
-        self.tokenizer: Tokenizer | None = None
-
-    def __call__(self, jpg: bytes, txt: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Return pixels uint8 [3, H, W] and tokens int64 [T]."""
-        if self.tokenizer is None:
-            self.tokenizer = TokenizerConfig().load()
-        tokens_T = np.full(SEQ_LEN, self.tokenizer.pad_id, np.int64)
-        ids = self.tokenizer.encode(txt.decode())[:SEQ_LEN]
-        tokens_T[: len(ids)] = ids
-        return decode_image(jpg, self.media), tokens_T
-
-    def sample(self, sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Decode a sample by its extensions: pixels uint8 [3, H, W], tokens int64 [T]."""
-        return self(sample["jpg"], sample["txt"])
-
-    def row(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Decode a row of a table: pixels uint8 [3, H, W], tokens int64 [T]."""
-        pixels_3HW, tokens_T = self.sample(row)
-        return {"pixels": pixels_3HW, "tokens": tokens_T}
 
 
 def _as_list(batch: list[Any]) -> list[Any]:
@@ -68,7 +44,7 @@ def _dataset(task: LoaderTask, **changes: Any) -> DatasetConfig:
 
 
 class Ours(Reading):
-    """Our reader in the measured process."""
+    """Our reader in the measured process; workers are threads in it."""
 
     package, resume_kind = "flamingo-dist", "exact"
     changes: Mapping[str, Any] = {}
@@ -76,7 +52,9 @@ class Ours(Reading):
 
     def start(self, skip: int) -> Iterator[int]:
         """See `Reading.start`."""
-        feed = LocalFeed([_dataset(self.task, **self.changes)], TokenizerConfig(), seed=0)
+        threads, ahead = max(1, self.task.workers), 2 if self.task.workers else 0
+        dataset = _dataset(self.task, threads=threads, **self.changes)
+        feed = LocalFeed([dataset], TokenizerConfig(), seed=0, prefetch=ahead)
         for step in range(skip // self.task.batch_size, self.task.samples // self.task.batch_size):
             yield len(feed.next(step)["bench"].keys)
 
@@ -136,7 +114,7 @@ class WebDataset(Reading):
         import torch
         import webdataset
 
-        decode = Decode(self.task.image_size)
+        decode = Decode(self.task.image_size, self.task.decode)
         tars = _tars(self.task)
         dataset = (
             webdataset.WebDataset(tars, shardshuffle=len(tars), nodesplitter=None)
@@ -181,7 +159,7 @@ class Mosaic(Reading):
         from streaming.base.util import clean_stale_shared_memory
 
         clean_stale_shared_memory()
-        decode = Decode(self.task.image_size)
+        decode = Decode(self.task.image_size, self.task.decode)
 
         class Decoded(StreamingDataset):
             def __getitem__(self, at: Any) -> Any:
@@ -241,7 +219,7 @@ class Energon(Reading):
         """See `Reading.start`."""
         from megatron import energon
 
-        decode = Decode(self.task.image_size)
+        decode = Decode(self.task.image_size, self.task.decode)
         size = self.task.batch_size
 
         class Encoder(energon.DefaultTaskEncoder):
@@ -287,7 +265,7 @@ class RayData(Reading):
         import ray
 
         ray.data.DataContext.get_current().enable_progress_bars = False
-        decode = Decode(self.task.image_size)
+        decode = Decode(self.task.image_size, self.task.decode)
         rows = ray.data.read_webdataset(_tars(self.task), decoder=None).map(decode.row)
         seen = 0
         for batch in rows.iter_batches(
@@ -314,7 +292,7 @@ NEEDS = {
     "ray_data": "ray.data",
 }
 """Module that must be there, by loader."""
-ALONE = ("ours", "ours_scaled")
-"""Loaders that have no worker processes of their own; as Ray actors they are `ours_on_ray`."""
+OUR_DECODE = ("ours", "ours_scaled", "ours_on_ray")
+"""Loaders that decode by our function alone."""
 ON_RAY = ("ours_on_ray", "ray_data")
 """Loaders that have no mode without worker processes."""

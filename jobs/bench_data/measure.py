@@ -25,9 +25,11 @@ class LoaderTask:
     image_size: int
     """Pixels that every image is resized to."""
     workers: int
-    """Processes that decode; 0 reads in the measured process."""
+    """Processes, or threads of `ours`, that decode; 0 reads in the measured process."""
     scratch: str
     """Folder for formats of the loader's own, made before the clock starts."""
+    decode: str = "ours"
+    """What turns bytes into pixels, a name in `jobs.bench_data.decode.DECODES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,19 @@ class LoaderResult:
     version: str
     """Version of its package."""
     workers: int
-    """Processes that decode; 0 is one process for all."""
+    """Processes, or threads of `ours`, that decode; 0 is the measured process alone."""
+    decode: str
+    """What turned bytes into pixels."""
     samples: int
     """Samples that came, a whole epoch."""
     seconds: float
     """Wall time of the epoch, the first batch included."""
     cpu_seconds: float
     """CPU time of all processes in it."""
+    start_cpu_seconds: float
+    """CPU time of all processes up to the first batch: what starting costs, however long the epoch is."""
+    first_samples: int
+    """Samples of the first batch."""
     first_batch_s: float
     """From nothing but imported packages to the first batch."""
     resume_s: float
@@ -57,8 +65,15 @@ class LoaderResult:
 
     @property
     def per_core(self) -> float:
-        """Samples a second of CPU time: what one core gives, however busy the machine is."""
-        return self.samples / self.cpu_seconds if self.cpu_seconds else 0.0
+        """Samples a second of CPU time after the first batch: what one core gives, however busy the machine is."""
+        spent = self.cpu_seconds - self.start_cpu_seconds
+        return (self.samples - self.first_samples) / spent if spent > 0 else 0.0
+
+    @property
+    def per_second(self) -> float:
+        """Samples a second of the clock after the first batch."""
+        spent = self.seconds - self.first_batch_s
+        return (self.samples - self.first_samples) / spent if spent > 0 else 0.0
 
     def row(self) -> dict[str, Any]:
         """Return the result as a row of a table."""
@@ -108,26 +123,45 @@ def measure(task: LoaderTask, make: Callable[[LoaderTask], Reading]) -> LoaderRe
         reading = make(task)
         used, started = cpu_seconds(), time.perf_counter()
         batches = reading.start(0)
-        samples = next(batches)
-        first_batch_s = time.perf_counter() - started
-        samples += sum(batches)
-        seconds = time.perf_counter() - started
-        used = cpu_seconds() - used
-        return _result(task, reading, samples, seconds, used, first_batch_s, resume_s)
-    except Exception as error:
-        empty = LoaderResult(
+        first_samples = next(batches)
+        first_batch_s, start_cpu = time.perf_counter() - started, cpu_seconds() - used
+        samples = first_samples + sum(batches)
+        seconds, used = time.perf_counter() - started, cpu_seconds() - used
+        return LoaderResult(
             loader=task.loader,
-            version="",
+            version=_version(reading.package),
             workers=task.workers,
-            samples=0,
-            seconds=0.0,
-            cpu_seconds=0.0,
-            first_batch_s=0.0,
-            resume_s=0.0,
-            resume="",
-            error=f"{type(error).__name__}: {error}"[:200],
+            decode=task.decode,
+            samples=samples,
+            first_samples=first_samples,
+            seconds=round(seconds, 3),
+            cpu_seconds=round(used, 3),
+            start_cpu_seconds=round(start_cpu, 3),
+            first_batch_s=round(first_batch_s, 3),
+            resume_s=round(resume_s, 3),
+            resume=reading.resume_kind,
         )
-        return empty
+    except Exception as error:
+        return failed(task, f"{type(error).__name__}: {error}")
+
+
+def failed(task: LoaderTask, error: str) -> LoaderResult:
+    """Return a result without figures that says why there are none."""
+    return LoaderResult(
+        loader=task.loader,
+        version="",
+        workers=task.workers,
+        decode=task.decode,
+        samples=0,
+        first_samples=0,
+        seconds=0.0,
+        cpu_seconds=0.0,
+        start_cpu_seconds=0.0,
+        first_batch_s=0.0,
+        resume_s=0.0,
+        resume="",
+        error=error[:200],
+    )
 
 
 def _first(reading: Reading, skip: int) -> float:
@@ -138,29 +172,11 @@ def _first(reading: Reading, skip: int) -> float:
     return time.perf_counter() - started
 
 
-def _result(
-    task: LoaderTask,
-    reading: Reading,
-    samples: int,
-    seconds: float,
-    cpu: float,
-    first_batch_s: float,
-    resume_s: float,
-) -> LoaderResult:
+def _version(package: str) -> str:
+    """Return the version of a distribution, "" of none."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        number = version(reading.package)
+        return version(package)
     except PackageNotFoundError:
-        number = ""
-    return LoaderResult(
-        loader=task.loader,
-        version=number,
-        workers=task.workers,
-        samples=samples,
-        seconds=round(seconds, 3),
-        cpu_seconds=round(cpu, 3),
-        first_batch_s=round(first_batch_s, 3),
-        resume_s=round(resume_s, 3),
-        resume=reading.resume_kind,
-    )
+        return ""

@@ -3,39 +3,53 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flamingo_dist.cli import main
 from jobs.bench_data.command import BenchConfig, render
-from jobs.bench_data.corpus import write_corpus
+from jobs.bench_data.corpus import jpeg, write_corpus
+from jobs.bench_data.decode import DECODES, media_config
 from jobs.bench_data.loaders import LOADERS
 from jobs.bench_data.measure import LoaderResult, LoaderTask, measure
 from jobs.bench_data.seeks import measure_seek
 
 
-def task(folder: Path, loader: str, samples: int) -> LoaderTask:
+def task(folder: Path, loader: str, samples: int, workers: int = 0, decode: str = "ours") -> LoaderTask:
     return LoaderTask(
         loader=loader,
         shards=str(write_corpus(folder, samples)),
         samples=samples,
         batch_size=4,
         image_size=32,
-        workers=0,
+        workers=workers,
         scratch=str(folder / "scratch"),
+        decode=decode,
     )
 
 
 def test_loaders_read_a_whole_epoch(tmp_path: Path) -> None:
-    for loader in ("ours", "webdataset"):
-        wanted = task(tmp_path, loader, 40)
+    for loader, workers, decode in (("ours", 0, "ours"), ("ours", 2, "ours"), ("webdataset", 0, "pillow")):
+        wanted = task(tmp_path, loader, 40, workers, decode)
         result = measure(wanted, LOADERS[loader])
         assert result.error == ""
         assert result.samples == 40
         assert result.per_core > 0
         assert 0 < result.first_batch_s <= result.seconds
+        assert 0 < result.start_cpu_seconds < result.cpu_seconds
+        assert (result.workers, result.decode, result.first_samples) == (workers, decode, 4)
         assert result.resume == ("exact" if loader == "ours" else "reads through")
         # What is left after 90% of the epoch.
         assert sum(LOADERS[loader](wanted).start(36)) == 4
+
+
+def test_both_decoders_give_the_same_pictures() -> None:
+    config = media_config(64)
+    for size in ((640, 480), (200, 333)):
+        blob = jpeg(3, *size)
+        ours, pillows = (DECODES[name](blob, config) for name in ("ours", "pillow"))
+        assert ours.shape == pillows.shape == (3, 64, 64)
+        assert np.abs(ours.astype(int) - pillows).max() <= 2
 
 
 def test_a_loader_that_fails_is_told_not_raised(tmp_path: Path) -> None:
@@ -85,6 +99,8 @@ def test_seeks_read_as_little_anywhere() -> None:
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="unknown; choose from"):
         BenchConfig(loaders=("other",))
+    with pytest.raises(ValueError, match="decodes .* unknown"):
+        BenchConfig(decodes=("other",))
     with pytest.raises(ValueError, match="ten batches"):
         BenchConfig(samples=10)
     assert main(["data"]) == 2
