@@ -32,7 +32,7 @@ class BenchConfig:
     out: str = "runs/data_bench"
     """Folder for the shards and the results."""
     samples: int = 3000
-    """Pairs in the shards; an epoch of them is read."""
+    """Pairs in the shards; an epoch of them is read, and one of a quarter of them."""
     batch_size: int = 32
     """Pairs of a batch."""
     image_size: int = 224
@@ -73,8 +73,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> Path:
     console = console or Console()
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    shards = write_corpus(out, config.samples)
-    results = _measure_loaders(config, shards, out, console)
+    results = _measure_loaders(config, out, console)
     seeks = [measure_seek(n, 100, share) for n in config.seek_shards for share in (0.0, 0.9)]
     if config.seek_shards:
         seeks += [measure_seek(*_TEN_MILLION, share) for share in (0.0, 0.5, 0.9)]
@@ -87,9 +86,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> Path:
     return table
 
 
-def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Console) -> list[LoaderResult]:
+def _measure_loaders(config: BenchConfig, out: Path, console: Console) -> list[LoaderResult]:
     """Measure all loaders in rounds, so that a machine that gets busier does so for all of them alike."""
-    tasks = _tasks(config, shards, out, console)
+    tasks = _tasks(config, out, console)
     rounds: list[list[LoaderResult]] = [[] for _ in tasks]
     for _ in range(config.repeats):
         for task, found in zip(tasks, rounds, strict=True):
@@ -98,8 +97,10 @@ def _measure_loaders(config: BenchConfig, shards: Path, out: Path, console: Cons
     return [_middle(found) for found in rounds]
 
 
-def _tasks(config: BenchConfig, shards: Path, out: Path, console: Console) -> list[LoaderTask]:
-    """List the loaders with their workers and decoders; tells which are not installed."""
+def _tasks(config: BenchConfig, out: Path, console: Console) -> list[LoaderTask]:
+    """Write the shards and list the loaders with their workers and decoders; tells which are not installed."""
+    size = config.batch_size
+    samples, short = (number // size * size for number in (config.samples, config.samples // 4))
     tasks = []
     for loader in config.loaders:
         if not _is_installed(NEEDS.get(loader, "data_pipeline")):
@@ -111,12 +112,14 @@ def _tasks(config: BenchConfig, shards: Path, out: Path, console: Console) -> li
             tasks += [
                 LoaderTask(
                     loader=loader,
-                    shards=str(shards),
-                    samples=config.samples // config.batch_size * config.batch_size,
-                    batch_size=config.batch_size,
+                    shards=str(write_corpus(out, samples)),
+                    samples=samples,
+                    short_shards=str(write_corpus(out, short)),
+                    short_samples=short,
+                    batch_size=size,
                     image_size=config.image_size,
                     workers=workers,
-                    scratch=str(out / f"formats-{config.samples}"),
+                    scratch=str(out / "formats"),
                     decode=decode,
                 )
                 for decode in (("ours",) if loader in OUR_DECODE else config.decodes)
@@ -187,7 +190,8 @@ def render(config: BenchConfig, results: list[LoaderResult], seeks: list[SeekRes
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; JPEG 640 x 480, decoded "
         f"and resized to {config.image_size} by our function or by Pillow's (ours_scaled: with jpeg_margin 1); "
         f"tokens of the captions included; middle of {config.repeats} runs. Workers of `ours` are threads. Samples a "
-        f"second of CPU time and of the clock are those after the first batch; what comes before has its own columns.",
+        f"second are those of an epoch beyond those of one a quarter as long, over the time that it took more; what is left "
+        f"of the CPU time is the start.",
         "",
         "| loader | version | workers | decode | samples / s of CPU | samples / s | start, s of CPU | first batch, s | "
         "at 90%, s | resumes by |",

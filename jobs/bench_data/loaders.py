@@ -143,7 +143,7 @@ class Mosaic(Reading):
         from data_pipeline.index import open_index
         from data_pipeline.reading import SampleReader
 
-        self.folder = Path(task.scratch) / "mds"
+        self.folder = Path(task.scratch) / f"mds-{task.samples}"
         if (self.folder / "index.json").exists():
             return
         index = open_index([task.shards])
@@ -199,7 +199,7 @@ class Energon(Reading):
         from megatron.energon.epathlib import EPath
         from megatron.energon.flavors import BaseWebdatasetFactory
 
-        self.folder = Path(task.scratch) / "energon"
+        self.folder = Path(task.scratch) / f"energon-{task.samples}"
         if not (self.folder / ".nv-meta" / "dataset.yaml").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             for tar in _tars(task):

@@ -1,11 +1,16 @@
-"""Time of one loader, in a process of its own so that none inherits another's imports, threads or caches."""
+"""Time of one loader, in a process of its own so that none inherits another's imports, threads or caches.
+
+A loader reads an epoch of a quarter of the samples and one of all. What the longer took more, over the samples it has
+more, is the price of a sample; what is left is the price of a start. A loader that has read much before its first batch
+comes, or that starts many processes, is measured as fairly as any other.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -19,7 +24,11 @@ class LoaderTask:
     shards: str
     """Folder of the shards."""
     samples: int
-    """Samples in them: one epoch is read."""
+    """Samples in them."""
+    short_shards: str
+    """Folder of fewer shards."""
+    short_samples: int
+    """Samples in those."""
     batch_size: int
     """Samples of a batch."""
     image_size: int
@@ -45,15 +54,17 @@ class LoaderResult:
     decode: str
     """What turned bytes into pixels."""
     samples: int
-    """Samples that came, a whole epoch."""
+    """Samples that came in the long epoch."""
     seconds: float
-    """Wall time of the epoch, the first batch included."""
+    """Wall time of it, the first batch included."""
     cpu_seconds: float
     """CPU time of all processes in it."""
-    start_cpu_seconds: float
-    """CPU time of all processes up to the first batch: what starting costs, however long the epoch is."""
-    first_samples: int
-    """Samples of the first batch."""
+    short_samples: int
+    """Samples that came in the short epoch."""
+    short_seconds: float
+    """Wall time of it."""
+    short_cpu_seconds: float
+    """CPU time of it."""
     first_batch_s: float
     """From nothing but imported packages to the first batch."""
     resume_s: float
@@ -65,19 +76,24 @@ class LoaderResult:
 
     @property
     def per_core(self) -> float:
-        """Samples a second of CPU time after the first batch: what one core gives, however busy the machine is."""
-        spent = self.cpu_seconds - self.start_cpu_seconds
-        return (self.samples - self.first_samples) / spent if spent > 0 else 0.0
+        """Samples a second of CPU time: what one core gives, however busy the machine is."""
+        spent = self.cpu_seconds - self.short_cpu_seconds
+        return (self.samples - self.short_samples) / spent if spent > 0 else 0.0
 
     @property
     def per_second(self) -> float:
-        """Samples a second of the clock after the first batch."""
-        spent = self.seconds - self.first_batch_s
-        return (self.samples - self.first_samples) / spent if spent > 0 else 0.0
+        """Samples a second of the clock."""
+        spent = self.seconds - self.short_seconds
+        return (self.samples - self.short_samples) / spent if spent > 0 else 0.0
+
+    @property
+    def start_cpu_seconds(self) -> float:
+        """CPU time that an epoch of any length takes; the noise of both epochs is in it, so it is never below 0."""
+        return max(0.0, self.cpu_seconds - self.samples / self.per_core) if self.per_core else 0.0
 
     def row(self) -> dict[str, Any]:
         """Return the result as a row of a table."""
-        return {**asdict(self), "per_core": round(self.per_core, 1)}
+        return {**asdict(self), "per_core": round(self.per_core, 1), "per_second": round(self.per_second, 1)}
 
 
 class Reading:
@@ -111,38 +127,52 @@ def cpu_seconds() -> float:
 
 
 def measure(task: LoaderTask, make: Callable[[LoaderTask], Reading]) -> LoaderResult:
-    """Measure one loader: an epoch, the first batch, the first batch after 90% of the epoch.
+    """Measure one loader: the first batch after 90% of the epoch, the short epoch, the long one.
 
     Args:
         task: what is read.
         make: makes the loader.
     """
     try:
+        # First, so that what is imported late is imported before anything is counted.
+        resume_s = _first(make(task), int(0.9 * task.samples) // task.batch_size * task.batch_size)
+        short = replace(task, shards=task.short_shards, samples=task.short_samples)
+        fewer, all_of_them = _epoch(make(short)), _epoch(make(task))
         reading = make(task)
-        resume_s = _first(reading, int(0.9 * task.samples) // task.batch_size * task.batch_size)
-        reading = make(task)
-        used, started = cpu_seconds(), time.perf_counter()
-        batches = reading.start(0)
-        first_samples = next(batches)
-        first_batch_s, start_cpu = time.perf_counter() - started, cpu_seconds() - used
-        samples = first_samples + sum(batches)
-        seconds, used = time.perf_counter() - started, cpu_seconds() - used
         return LoaderResult(
             loader=task.loader,
             version=_version(reading.package),
             workers=task.workers,
             decode=task.decode,
-            samples=samples,
-            first_samples=first_samples,
-            seconds=round(seconds, 3),
-            cpu_seconds=round(used, 3),
-            start_cpu_seconds=round(start_cpu, 3),
-            first_batch_s=round(first_batch_s, 3),
+            samples=all_of_them.samples,
+            seconds=round(all_of_them.seconds, 3),
+            cpu_seconds=round(all_of_them.cpu_seconds, 3),
+            short_samples=fewer.samples,
+            short_seconds=round(fewer.seconds, 3),
+            short_cpu_seconds=round(fewer.cpu_seconds, 3),
+            first_batch_s=round(all_of_them.first_batch_s, 3),
             resume_s=round(resume_s, 3),
             resume=reading.resume_kind,
         )
     except Exception as error:
         return failed(task, f"{type(error).__name__}: {error}")
+
+
+class _Epoch(NamedTuple):
+    samples: int
+    seconds: float
+    cpu_seconds: float
+    first_batch_s: float
+
+
+def _epoch(reading: Reading) -> _Epoch:
+    """Read one epoch from nothing."""
+    used, started = cpu_seconds(), time.perf_counter()
+    batches = reading.start(0)
+    samples = next(batches)
+    first_batch_s = time.perf_counter() - started
+    samples += sum(batches)
+    return _Epoch(samples, time.perf_counter() - started, cpu_seconds() - used, first_batch_s)
 
 
 def failed(task: LoaderTask, error: str) -> LoaderResult:
@@ -153,10 +183,11 @@ def failed(task: LoaderTask, error: str) -> LoaderResult:
         workers=task.workers,
         decode=task.decode,
         samples=0,
-        first_samples=0,
         seconds=0.0,
         cpu_seconds=0.0,
-        start_cpu_seconds=0.0,
+        short_samples=0,
+        short_seconds=0.0,
+        short_cpu_seconds=0.0,
         first_batch_s=0.0,
         resume_s=0.0,
         resume="",

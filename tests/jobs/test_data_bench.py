@@ -1,6 +1,7 @@
 """`flamingo data bench`, small: what it measures, tells and writes."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,21 @@ from jobs.bench_data.command import BenchConfig, render
 from jobs.bench_data.corpus import jpeg, write_corpus
 from jobs.bench_data.decode import DECODES, media_config
 from jobs.bench_data.loaders import LOADERS
-from jobs.bench_data.measure import LoaderResult, LoaderTask, measure
+from jobs.bench_data.measure import LoaderResult, LoaderTask, failed, measure
 from jobs.bench_data.seeks import measure_seek
+
+
+LOADER_TASK = LoaderTask(
+    loader="ours",
+    shards="",
+    samples=1000,
+    short_shards="",
+    short_samples=200,
+    batch_size=4,
+    image_size=32,
+    workers=2,
+    scratch="",
+)
 
 
 def task(folder: Path, loader: str, samples: int, workers: int = 0, decode: str = "ours") -> LoaderTask:
@@ -20,6 +34,8 @@ def task(folder: Path, loader: str, samples: int, workers: int = 0, decode: str 
         loader=loader,
         shards=str(write_corpus(folder, samples)),
         samples=samples,
+        short_shards=str(write_corpus(folder, samples // 4)),
+        short_samples=samples // 4,
         batch_size=4,
         image_size=32,
         workers=workers,
@@ -30,17 +46,17 @@ def task(folder: Path, loader: str, samples: int, workers: int = 0, decode: str 
 
 def test_loaders_read_a_whole_epoch(tmp_path: Path) -> None:
     for loader, workers, decode in (("ours", 0, "ours"), ("ours", 2, "ours"), ("webdataset", 0, "pillow")):
-        wanted = task(tmp_path, loader, 40, workers, decode)
+        wanted = task(tmp_path, loader, 160, workers, decode)
         result = measure(wanted, LOADERS[loader])
         assert result.error == ""
-        assert result.samples == 40
+        assert result.samples == 160
         assert result.per_core > 0
         assert 0 < result.first_batch_s <= result.seconds
-        assert 0 < result.start_cpu_seconds < result.cpu_seconds
-        assert (result.workers, result.decode, result.first_samples) == (workers, decode, 4)
+        assert result.short_cpu_seconds > 0
+        assert (result.workers, result.decode, result.short_samples) == (workers, decode, 40)
         assert result.resume == ("exact" if loader == "ours" else "reads through")
         # What is left after 90% of the epoch.
-        assert sum(LOADERS[loader](wanted).start(36)) == 4
+        assert sum(LOADERS[loader](wanted).start(144)) == 16
 
 
 def test_both_decoders_give_the_same_pictures() -> None:
@@ -50,6 +66,23 @@ def test_both_decoders_give_the_same_pictures() -> None:
         ours, pillows = (DECODES[name](blob, config) for name in ("ours", "pillow"))
         assert ours.shape == pillows.shape == (3, 64, 64)
         assert np.abs(ours.astype(int) - pillows).max() <= 2
+
+
+def test_the_price_of_a_sample_is_that_of_the_longer_epoch() -> None:
+    """A start of three seconds, a hundredth a sample, whatever was read ahead before the first batch came."""
+    result = replace(
+        failed(LOADER_TASK, ""),
+        samples=1000,
+        seconds=8.0,
+        cpu_seconds=13.0,
+        short_samples=200,
+        short_seconds=4.0,
+        short_cpu_seconds=5.0,
+        first_batch_s=3.9,
+    )
+    assert result.per_core == pytest.approx(100)
+    assert result.per_second == pytest.approx(200)
+    assert result.start_cpu_seconds == pytest.approx(3)
 
 
 def test_a_loader_that_fails_is_told_not_raised(tmp_path: Path) -> None:
