@@ -190,8 +190,8 @@ def render(config: BenchConfig, results: list[LoaderResult], seeks: list[SeekRes
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; JPEG 640 x 480, decoded "
         f"and resized to {config.image_size} by our function or by Pillow's (ours_scaled: with jpeg_margin 1); "
         f"tokens of the captions included; middle of {config.repeats} runs. Workers of `ours` are threads. Samples a "
-        f"second are those of an epoch beyond those of one a quarter as long, over the time that it took more; what is left "
-        f"of the CPU time is the start.",
+        "second are those of an epoch beyond those of one a quarter as long, over the time that it took more; what is "
+        "left of the CPU time is the start.",
         "",
         "| loader | version | workers | decode | samples / s of CPU | samples / s | start, s of CPU | first batch, s | "
         "at 90%, s | resumes by |",

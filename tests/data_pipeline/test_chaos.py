@@ -31,6 +31,8 @@ from tests.data_pipeline.servers import flaky_server
 pytestmark = pytest.mark.distributed
 BYTES = TokenizerConfig()
 RANKS, PREFETCH = 2, 3
+EPOCH = 60_000
+"""Samples of the long test: some minutes, so that 200 restarts of two seconds are not most of it."""
 SETTINGS = ReaderConfig(readers=3, cpus_per_reader=0.4, prefetch=PREFETCH, retries=50, timeout_s=240)
 
 
@@ -171,15 +173,15 @@ def test_a_few_kills(ray_cluster: None, tmp_path: Path) -> None:
 @pytest.mark.timeout(3000)
 def test_two_hundred_kills(ray_cluster: None, tmp_path: Path) -> None:
     """An epoch of real decoding takes at most twice as long when 200 readers are killed in it."""
-    config = photo_corpus(tmp_path / "corpus", 20_000, 40)
+    config = photo_corpus(tmp_path / "corpus", EPOCH, 40)
     try:
         # One reader more than two cores keep busy: it works on while another starts.
-        spent = chaos(config, 20_000, 200, replace(SETTINGS, readers=4))
+        spent = chaos(config, EPOCH, 200, replace(SETTINGS, readers=4))
     finally:
-        shutil.rmtree(tmp_path / "corpus")  # two gigabytes
+        shutil.rmtree(tmp_path / "corpus")  # six gigabytes
     for name, (calm, wild) in spent.items():
         print(
-            f"20,000 samples, {name}: {calm:.1f} s in peace, {wild:.1f} s with 200 kills: {wild / calm:.2f}"
+            f"{EPOCH:,} samples, {name}: {calm:.1f} s in peace, {wild:.1f} s with 200 kills: {wild / calm:.2f}"
         )
     calm, wild = spent["wall"]
     assert wild <= 2 * calm

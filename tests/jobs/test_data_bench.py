@@ -15,7 +15,6 @@ from jobs.bench_data.loaders import LOADERS
 from jobs.bench_data.measure import LoaderResult, LoaderTask, failed, measure
 from jobs.bench_data.seeks import measure_seek
 
-
 LOADER_TASK = LoaderTask(
     loader="ours",
     shards="",
