@@ -14,10 +14,11 @@ from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange import idefics, open_flamingo
 from flamingo_dist.models.exchange.folder import VISION, new_folder, write_network
 from flamingo_dist.models.exchange.rules import check_tensors, read_ours, read_theirs, their_shapes
-from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, write_tensors
 from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, tower_settings, write_tower
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
 from jobs.model_card import card_of_import
@@ -165,7 +166,7 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
     stated = AutoConfig.from_pretrained(source).to_dict()
-    tensors = TensorFolder(source)
+    tensors = SafetensorsSource(str(source))
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
     rules = idefics.rules(config, extra_tokens=stated["additional_vocab_size"])

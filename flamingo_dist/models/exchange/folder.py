@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from flamingo_dist.from_json import from_json
 from flamingo_dist.models.exchange.rules import check_tensors
-from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, read_slice, write_tensors
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
 """What `config.json` calls the format."""
@@ -132,7 +133,7 @@ class NetworkFolder:
 
     def __init__(self, folder: Path, *, tp_rank: int, tp_size: int) -> None:
         """Open the folder."""
-        self.tensors = TensorFolder(folder)
+        self.tensors = SafetensorsSource(str(folder))
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def check(self, model: nn.Module, vocab_size: int) -> None:
@@ -163,7 +164,7 @@ class NetworkFolder:
         def value_of(name: str, param: nn.Parameter) -> Tensor:
             if name not in there:
                 return otherwise(name, param)
-            value = self.tensors.read_slice(name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
+            value = read_slice(self.tensors, name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
             short = param.shape[0] - value.shape[0] if _is_vocabulary(name) else 0
             return nn.functional.pad(value, (0, 0, 0, short)) if short else value
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flamingo_dist.models.exchange.rules import TensorSource, check_tensors
-from flamingo_dist.models.exchange.tensors import TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import write_tensors
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 SETTINGS: Mapping[str, Any] = {"name": "clip", "class_token": True}
 """Settings of `VisionConfig` for a tower, beside `weights` and `image_size`."""
@@ -118,7 +119,7 @@ def tower_of(vision: VisionConfig) -> Tower:
     folder = Path(vision.weights)
     stated = json.loads((folder / "config.json").read_text())
     stated = stated.get("vision_config", stated)
-    source = TensorFolder(folder)
+    source = SafetensorsSource(str(folder))
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in source.shapes()) else ""
     settings = tower_settings({"embed_dim": stated["hidden_size"], **stated})
     return Tower(stated=settings, source=source, prefix=prefix)

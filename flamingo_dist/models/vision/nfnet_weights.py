@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from flamingo_dist.models.init import ParamTag, draw
 from flamingo_dist.models.stored_shapes import differences, shortened
 from flamingo_dist.models.vision.haiku_file import read_pickle
 from flamingo_dist.models.vision.nfnet_shape import NFNetShape, TensorSpec
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 HAIKU_PREFIX = "NFNet/~/"
 """The published code's name of the network, before the names of its modules."""
@@ -61,7 +61,7 @@ class Published:
             ValueError: the file lacks tensors, holds others, or holds them in other shapes; the message names them.
         """
         self._file = _open(path)
-        shapes = self._file.shapes
+        shapes = self._file.shapes()
         self._haiku = any(name.startswith(HAIKU_PREFIX) for name in shapes)
         if not self._haiku and not any(name.startswith("stem.conv1.") for name in shapes):
             raise ValueError(
@@ -119,7 +119,10 @@ class _Arrays:
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = dict(tensors)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors.pop(name)
@@ -127,19 +130,7 @@ class _Arrays:
         return tensor if isinstance(tensor, Tensor) else torch.from_numpy(np.array(tensor, np.float32))
 
 
-class _SafeTensors:
-    """Tensors of a `.safetensors` file, read one by one."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
-        self.shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}  # noqa: SIM118
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-def _open(path: str) -> _Arrays | _SafeTensors:
+def _open(path: str) -> _Arrays | SafetensorsSource:
     """Open a file of weights by what it holds: the published `.npz` are pickles."""
     file = Path(path)
     if file.is_dir():
@@ -150,7 +141,7 @@ def _open(path: str) -> _Arrays | _SafeTensors:
             "dm_nfnet_f6 as safetensors, or leave `weights` empty for random ones."
         )
     if file.suffix == ".safetensors":
-        return _SafeTensors(file)
+        return SafetensorsSource(str(file))
     if file.suffix in (".pth", ".pt", ".bin"):
         return _Arrays(torch.load(file, map_location="cpu", weights_only=True))
     with file.open("rb") as opened:

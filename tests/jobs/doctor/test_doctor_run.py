@@ -213,6 +213,8 @@ def test_weights_that_are_whole_cut_or_not_there(tmp_path):
     assert say(tmp_path / "none.gguf")[0] == "fail"
     for name in ("a", "b"):
         save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / f"{name}.safetensors")
+    assert "tensor w is in both" in say(tmp_path)[1]
+    save_file({"x": np.zeros((8, 8), np.float32)}, tmp_path / "b.safetensors")
     index = {"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert say(tmp_path)[0] == "ok"
@@ -220,7 +222,7 @@ def test_weights_that_are_whole_cut_or_not_there(tmp_path):
     os.truncate(cut, cut.stat().st_size - 1)
     assert "cut off" in say(tmp_path)[1]
     cut.unlink()
-    assert "lists a.safetensors, not there" in say(tmp_path)[1]
+    assert "a.safetensors is not there" in say(tmp_path)[1]
     (tmp_path / "x.gguf").write_bytes(b"<html>")
     assert "no GGUF file" in say(tmp_path / "x.gguf")[1]
 

@@ -17,9 +17,10 @@ from transformers import (
 
 from flamingo_dist.models.exchange import idefics
 from flamingo_dist.models.exchange.folder import read_network_config
-from flamingo_dist.models.exchange.tensors import TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import write_tensors
 from flamingo_dist.models.exchange.vision_tower import Tower, tower_of
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from jobs.exchange import (
     ExportArguments,
@@ -196,7 +197,7 @@ def test_the_command_exports_what_transformers_loads(theirs, imported, inputs, t
 def tower(imported) -> Tower:
     return Tower(
         stated={**TOWER, "hidden_act": "gelu"},
-        source=TensorFolder(imported / "vision"),
+        source=SafetensorsSource(str(imported / "vision")),
         prefix="vision_model.",
     )
 
