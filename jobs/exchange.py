@@ -53,7 +53,7 @@ class ImportArguments:
     lm: str = ""
     """open_flamingo: the frozen language model, a folder of safetensors or a GGUF file; it stays where it is."""
     vision: str = ""
-    """open_flamingo: a folder of the CLIP model in Hugging Face's layout; it stays where it is."""
+    """open_flamingo: a folder of the CLIP model in Hugging Face's layout, any fsspec URL; it stays where it is."""
     image_id: int = -1
     """open_flamingo: id of `<image>` in its tokenizer."""
     end_of_chunk_id: int = -1
@@ -223,7 +223,12 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
         folder,
         config,
         parameters,
-        vision={"name": "clip", "weights": str(Path(arguments.vision).resolve())},
+        vision={
+            "name": "clip",
+            "weights": arguments.vision
+            if "://" in arguments.vision
+            else str(Path(arguments.vision).resolve()),
+        },
         more={
             "dtype": "bf16",
             **write_tokenizer(folder, _tokenizer_in(Path(arguments.lm), config.lm.vocab_size)),

@@ -21,6 +21,7 @@ from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
+from flamingo_dist.models.weights.source import Opening, opened_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,12 @@ class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
     def __init__(
-        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
+        self,
+        config: FlamingoConfig,
+        *,
+        dtype: torch.dtype,
+        activation_checkpointing: bool = False,
+        opening: Opening = opened_here,
     ) -> None:
         """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
 
@@ -106,11 +112,12 @@ class Flamingo(nn.Module):
             config: the network.
             dtype: parameters' dtype.
             activation_checkpointing: recompute every LM block, with its gated block, in the backward pass.
+            opening: how the vision encoder's weights are opened.
         """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.vision = build_vision(config.vision)
+        self.vision = build_vision(config.vision, opening=opening)
         self.vision.requires_grad_(False)
         self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
         self.lm = LanguageModel(config.lm, dtype)

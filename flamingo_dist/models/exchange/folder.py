@@ -17,6 +17,7 @@ from flamingo_dist.models.exchange.tensors import SHARD_BYTES, read_slice, write
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.vision.files import copy_weights
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
@@ -82,13 +83,8 @@ def _copy_vision(config: VisionConfig, folder: Path) -> dict[str, Any]:
     stated = dataclasses.asdict(config)
     for field in _FILES_OF_VISION:
         if stated[field]:
-            source = Path(stated[field])
             (folder / VISION).mkdir(exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, folder / VISION / source.name)
-            else:
-                shutil.copy(source, folder / VISION / source.name)
-            stated[field] = f"{VISION}/{source.name}"
+            stated[field] = f"{VISION}/{copy_weights(stated[field], folder / VISION)}"
     return stated
 
 
@@ -118,7 +114,7 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
         model["vision"] = dataclasses.asdict(vision)
     else:
         for field in _FILES_OF_VISION:
-            if model["vision"].get(field):
+            if model["vision"].get(field) and "://" not in model["vision"][field]:
                 model["vision"][field] = str(folder / model["vision"][field])
     model["weights"] = str(folder)
     try:
