@@ -167,6 +167,10 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
+        if not self.model.lm.further_tokens:
+            del whole["model"]["lm"][
+                "further_tokens"
+            ]  # checkpoints from before there was such a setting go on
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

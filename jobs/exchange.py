@@ -1,10 +1,10 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -166,10 +166,11 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
     stated = AutoConfig.from_pretrained(source).to_dict()
+    _check_added_tokens(source, stated)
     tensors = SafetensorsSource(str(source))
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
-    rules = idefics.rules(config, extra_tokens=stated["additional_vocab_size"])
+    rules = idefics.rules(config, additional=stated["additional_vocab_size"] > 0)
     shapes, _ = whole_shapes(empty_network(config))
     tower = Tower(
         stated=tower_settings(stated["vision_config"]), source=tensors, prefix=idefics.VISION_PREFIX
@@ -192,6 +193,16 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         shard_bytes=shard_bytes,
     )
     return card_of_import(str(source), "IDEFICS", config, shapes)
+
+
+def _check_added_tokens(source: Path, stated: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the checkpoint's tokenizer gives IDEFICS' additional tokens other ids than we know."""
+    file, vocab_size = source / "tokenizer.json", stated["vocab_size"]
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    ids = {token["content"]: token["id"] for token in held.get("added_tokens", ())}
+    for number, name in enumerate((idefics.FAKE_TOKEN, idefics.IMAGE_TOKEN), start=vocab_size):
+        if ids.get(name, number) != number:
+            raise ValueError(f"{file}: {name} is token {ids[name]}; in IDEFICS' layout it is {number}.")
 
 
 def _tokenizer_in(folder: Path, vocab_size: int) -> TokenizerConfig | None:

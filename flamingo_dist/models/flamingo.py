@@ -88,7 +88,7 @@ class FlamingoOutput(NamedTuple):
     """What a forward returns; a named tuple, whose tensors ZeRO-3's hooks find."""
 
     logits_BTV: Tensor | None
-    """[B, T, vocab_size + 2], where no targets were given."""
+    """[B, T, vocab_size + extra_tokens], where no targets were given."""
     nll_BT: Tensor | None
     """fp32 [B, T] nats, zero at ignored targets, where targets were given."""
     latents_BMRE: Tensor
@@ -183,7 +183,7 @@ class Flamingo(nn.Module):
         """Run the network.
 
         Args:
-            tokens_BT: ids below vocab_size + 2, int64 [B, T], right-padded.
+            tokens_BT: ids below vocab_size + extra_tokens, int64 [B, T], right-padded.
             media_index_BT: the one medium (1 ... M) that each token sees, 0 for none, integer [B, T].
             media: pixels uint8 [B, M, F, 3, H, W] or encoder features [B, M, F, S, C].
             media_mask_BM: which media are real, bool [B, M].

@@ -48,7 +48,7 @@ class PublishedWeights:
         return value
 
     def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
-        """Return start values fp32 [2, D] of the trainable rows, and how much published rows differ."""
+        """Return start values fp32 [X, D] of the trainable rows, and how much published rows differ."""
         own_head = (
             head and not self.config.tied
         )  # a tied head's rows are the embedding's, and are not read again
