@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flamingo_dist.models.vision import efficientnet, nfnet_weights
 from flamingo_dist.models.vision.base import VisionEncoder
 from flamingo_dist.models.vision.config import VisionConfig
+from flamingo_dist.models.vision.efficientnet import ABSENT as NO_EFFICIENTNET
 from flamingo_dist.models.vision.efficientnet import EfficientNetLite0
 from flamingo_dist.models.vision.files import open_tensors
 from flamingo_dist.models.vision.nfnet import NFNet
+from flamingo_dist.models.vision.nfnet_weights import ABSENT as NO_NFNET
 from flamingo_dist.models.vision.tiny import TinyEncoder
 from flamingo_dist.models.weights.source import Opening, WeightSource, opened_here
 
@@ -42,8 +43,8 @@ def _build(config: VisionConfig, opening: Opening) -> VisionEncoder:
         return ViTEncoder(config, None if _is_without_values() else _open(config, opening, ABSENT))
     if config.is_nfnet:
         is_drawn = not config.weights or _is_without_values()
-        return NFNet(config, None if is_drawn else _open(config, opening, nfnet_weights.ABSENT))
-    return EfficientNetLite0(config, _open(config, opening, efficientnet.ABSENT))
+        return NFNet(config, None if is_drawn else _open(config, opening, NO_NFNET))
+    return EfficientNetLite0(config, _open(config, opening, NO_EFFICIENTNET))
 
 
 def _open(config: VisionConfig, opening: Opening, absent: str) -> WeightSource:
