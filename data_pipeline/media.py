@@ -40,7 +40,8 @@ class MediaConfig:
     image_size: int = 320
     """Height and width of the result in pixels (paper: 320)."""
     pad_colour: tuple[int, int, int] = (124, 116, 104)
-    """RGB that fills the border beside images that are not square (paper: the mean; here ImageNet's)."""
+    """RGB that fills the border beside images that are not square (paper: the mean; here ImageNet's). A run compares it
+    with its encoder's mean."""
     max_pixels: int = 89_000_000
     """Largest width x height of an image or frame; beyond it the sample is skipped as "too large"."""
     max_bytes: int = 256 << 20

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,30 @@ class CaptionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherBorder:
+    """A data set whose borders are not of the encoder's mean, which may be meant."""
+
+    setting: str
+    """Dotted name of the colour."""
+    given: tuple[int, int, int]
+    """The colour, RGB."""
+    mean: tuple[int, int, int]
+    """What the encoder's own would be."""
+    encoder: str
+    """The encoder's name."""
+
+    @property
+    def says(self) -> str:
+        """What is so."""
+        return f"{self.setting}={self.given} is not the border colour of {self.encoder}, {self.mean}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do unless it is meant."""
+        return f"unless it is meant, set --{self.setting.replace('_', '-')} {' '.join(map(str, self.mean))}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -136,6 +161,26 @@ class RunConfig:
                 raise ValueError(
                     f"captions name the data set {wanted!r}; held-out data sets are {list(self.data.held_out)}."
                 )
+        for border in self.other_borders():
+            warnings.warn(f"{border.says}; {border.remedy}", stacklevel=3)
+
+    def other_borders(self) -> list["OtherBorder"]:
+        """Return the data sets whose pictures get borders of another colour than the encoder's mean.
+
+        Features have their borders already, and where they are encoded first, the encoder's colour is taken.
+        """
+        mean = self.model.vision.pad_colour
+        return [
+            OtherBorder(
+                setting=f"data.{part}.{name}.pad_colour",
+                given=dataset.pad_colour,
+                mean=mean,
+                encoder=self.model.vision.name,
+            )
+            for part, datasets in (("train", self.data.train), ("held_out", self.data.held_out))
+            for name, dataset in datasets.items()
+            if dataset.media == "pixels" and not self.data.encode_features and dataset.pad_colour != mean
+        ]
 
     def _check_media(self, name: str, dataset: DatasetConfig) -> None:
         vision = self.model.vision
@@ -167,6 +212,10 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
+        if not self.model.lm.further_tokens:
+            del whole["model"]["lm"][
+                "further_tokens"
+            ]  # checkpoints from before there was such a setting go on
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

@@ -1,10 +1,10 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -14,10 +14,11 @@ from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange import idefics, open_flamingo
 from flamingo_dist.models.exchange.folder import VISION, new_folder, write_network
 from flamingo_dist.models.exchange.rules import check_tensors, read_ours, read_theirs, their_shapes
-from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, write_tensors
 from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, tower_settings, write_tower
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
 from jobs.model_card import card_of_import
@@ -52,7 +53,7 @@ class ImportArguments:
     lm: str = ""
     """open_flamingo: the frozen language model, a folder of safetensors or a GGUF file; it stays where it is."""
     vision: str = ""
-    """open_flamingo: a folder of the CLIP model in Hugging Face's layout; it stays where it is."""
+    """open_flamingo: a folder of the CLIP model in Hugging Face's layout, any fsspec URL; it stays where it is."""
     image_id: int = -1
     """open_flamingo: id of `<image>` in its tokenizer."""
     end_of_chunk_id: int = -1
@@ -165,10 +166,11 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
     stated = AutoConfig.from_pretrained(source).to_dict()
-    tensors = TensorFolder(source)
+    _check_added_tokens(source, stated)
+    tensors = SafetensorsSource(str(source))
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
-    rules = idefics.rules(config, extra_tokens=stated["additional_vocab_size"])
+    rules = idefics.rules(config, additional=stated["additional_vocab_size"] > 0)
     shapes, _ = whole_shapes(empty_network(config))
     tower = Tower(
         stated=tower_settings(stated["vision_config"]), source=tensors, prefix=idefics.VISION_PREFIX
@@ -191,6 +193,16 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         shard_bytes=shard_bytes,
     )
     return card_of_import(str(source), "IDEFICS", config, shapes)
+
+
+def _check_added_tokens(source: Path, stated: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the checkpoint's tokenizer gives IDEFICS' additional tokens other ids than we know."""
+    file, vocab_size = source / "tokenizer.json", stated["vocab_size"]
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    ids = {token["content"]: token["id"] for token in held.get("added_tokens", ())}
+    for number, name in enumerate((idefics.FAKE_TOKEN, idefics.IMAGE_TOKEN), start=vocab_size):
+        if ids.get(name, number) != number:
+            raise ValueError(f"{file}: {name} is token {ids[name]}; in IDEFICS' layout it is {number}.")
 
 
 def _tokenizer_in(folder: Path, vocab_size: int) -> TokenizerConfig | None:
@@ -222,7 +234,12 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
         folder,
         config,
         parameters,
-        vision={"name": "clip", "weights": str(Path(arguments.vision).resolve())},
+        vision={
+            "name": "clip",
+            "weights": arguments.vision
+            if "://" in arguments.vision
+            else str(Path(arguments.vision).resolve()),
+        },
         more={
             "dtype": "bf16",
             **write_tokenizer(folder, _tokenizer_in(Path(arguments.lm), config.lm.vocab_size)),

@@ -111,7 +111,7 @@ def _run(
     arguments: GenerateArguments,
 ) -> list[str]:
     tokenizer = tokenizer_config.load()
-    ids = prompt_ids(tokenizer)
+    ids = prompt_ids(tokenizer, model.config.lm)
     prompt = few_shot_prompt(
         [{"caption": caption} for _, caption in shots],
         ids=ids,

@@ -23,6 +23,7 @@ from flamingo_dist.inference.prompt import (
     answer_tokens,
     few_shot_prompt,
 )
+from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.parallel.topology import MegatronMPU, Topology
 from flamingo_dist.training.loop import Record
 from jobs.batches import to_train_batch
@@ -42,10 +43,14 @@ class Captioned:
     """[1, F, ...] as in a batch."""
 
 
-def prompt_ids(tokenizer: Tokenizer) -> PromptIds:
-    """Return the special ids of `tokenizer`."""
+def prompt_ids(tokenizer: Tokenizer, lm: LMConfig) -> PromptIds:
+    """Return the special ids of `tokenizer`, and those that `lm` has besides."""
     return PromptIds(
-        bos=tokenizer.bos_id, image=tokenizer.image_id, eoc=tokenizer.eoc_id, eos=tokenizer.eos_id
+        bos=tokenizer.bos_id,
+        image=tokenizer.image_id,
+        eoc=tokenizer.eoc_id,
+        eos=tokenizer.eos_id,
+        further=tuple(range(lm.vocab_size + 2, lm.vocab_size + lm.extra_tokens)),
     )
 
 
@@ -98,7 +103,7 @@ class HeldOut:
         queries = self._captioned(wanted.dataset, each * self.topology.data)[
             self.topology.data_rank :: self.topology.data
         ]
-        ids = prompt_ids(self.tokenizer)
+        ids = prompt_ids(self.tokenizer, self.config.model.lm)
         prompt = few_shot_prompt(
             [{"caption": shot.caption} for shot in shots],
             ids=ids,
@@ -150,7 +155,7 @@ class HeldOut:
             raise ValueError(
                 f"captions.candidates={number}: {name} has {len(chosen)} different captions to rank, 2 are needed."
             )
-        ids = prompt_ids(self.tokenizer)
+        ids = prompt_ids(self.tokenizer, self.config.model.lm)
         # As many queries on every rank, so that all stay in step.
         each = len(chosen) // self.topology.data or 1
         start = min(self.topology.data_rank * each, len(chosen) - each)

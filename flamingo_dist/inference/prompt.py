@@ -29,11 +29,13 @@ class PromptIds:
     """`<EOC>`, end of chunk: closes the text that belongs to one medium."""
     eos: int | None
     """End of a document; None for a vocabulary without one."""
+    further: tuple[int, ...] = ()
+    """Further tokens of the network, which have no text, such as an instruct model's `<end_of_utterance>`."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated text: `<EOC>`, and EOS where there is one."""
-        return (self.eoc,) if self.eos is None else (self.eoc, self.eos)
+        """Ids that end a generated text: `<EOC>`, EOS where there is one, and the further ones."""
+        return (self.eoc, *(() if self.eos is None else (self.eos,)), *self.further)
 
     @property
     def never_generated(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
+from flamingo_dist.models.weights.source import Opening, opened_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class FlamingoOutput(NamedTuple):
     """What a forward returns; a named tuple, whose tensors ZeRO-3's hooks find."""
 
     logits_BTV: Tensor | None
-    """[B, T, vocab_size + 2], where no targets were given."""
+    """[B, T, vocab_size + extra_tokens], where no targets were given."""
     nll_BT: Tensor | None
     """fp32 [B, T] nats, zero at ignored targets, where targets were given."""
     latents_BMRE: Tensor
@@ -98,7 +99,12 @@ class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
     def __init__(
-        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
+        self,
+        config: FlamingoConfig,
+        *,
+        dtype: torch.dtype,
+        activation_checkpointing: bool = False,
+        opening: Opening = opened_here,
     ) -> None:
         """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
 
@@ -106,11 +112,12 @@ class Flamingo(nn.Module):
             config: the network.
             dtype: parameters' dtype.
             activation_checkpointing: recompute every LM block, with its gated block, in the backward pass.
+            opening: how the vision encoder's weights are opened.
         """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.vision = build_vision(config.vision)
+        self.vision = build_vision(config.vision, opening=opening)
         self.vision.requires_grad_(False)
         self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
         self.lm = LanguageModel(config.lm, dtype)
@@ -176,7 +183,7 @@ class Flamingo(nn.Module):
         """Run the network.
 
         Args:
-            tokens_BT: ids below vocab_size + 2, int64 [B, T], right-padded.
+            tokens_BT: ids below vocab_size + extra_tokens, int64 [B, T], right-padded.
             media_index_BT: the one medium (1 ... M) that each token sees, 0 for none, integer [B, T].
             media: pixels uint8 [B, M, F, 3, H, W] or encoder features [B, M, F, S, C].
             media_mask_BM: which media are real, bool [B, M].

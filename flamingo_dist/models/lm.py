@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
         """Embed tokens and prepare what the blocks need of their positions.
 
         Args:
-            tokens_BT: ids below vocab_size + 2, int64 [B, T].
+            tokens_BT: ids below vocab_size + extra_tokens, int64 [B, T].
             segments_BT: packed samples, integer [B, T]: they do not see one another, positions begin anew with each.
             offset: tokens before these, in a cache; not with segments.
 

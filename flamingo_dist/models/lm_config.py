@@ -87,6 +87,16 @@ class LMConfig:
     """Ids whose published rows `<image>` and `<EOC>` start from; None starts near the mean of all rows. A token
     that ends a line is a good start for `<EOC>`: the LM already knows where one comes."""
 
+    further_tokens: int = 0
+    """Trainable rows after `<image>` and `<EOC>`, from id `vocab_size + 2` on: tokens that a published model has
+    besides, such as `<end_of_utterance>` of IDEFICS' instruct models. No text is tokenised into them; generation ends
+    at them."""
+
+    @property
+    def extra_tokens(self) -> int:
+        """Trainable rows after the frozen vocabulary: `<image>`, `<EOC>` and the further ones."""
+        return 2 + self.further_tokens
+
     @property
     def gated(self) -> bool:
         """Whether the feed-forward part has a gate projection."""
@@ -108,6 +118,8 @@ class LMConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.further_tokens < 0:
+            raise ValueError(f"further_tokens is {self.further_tokens}, but must be at least 0.")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels.")
         if self.positions == "relative" and self.width % 2:

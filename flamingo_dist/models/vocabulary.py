@@ -13,8 +13,6 @@ from flamingo_dist.models.init import tag
 from flamingo_dist.models.linear import sum_grad_over_tp, tp_size
 from flamingo_dist.models.lm_config import LMConfig
 
-NUM_EXTRA_TOKENS = 2
-"""Trainable rows after the frozen vocabulary: `<image>` at `vocab_size`, `<EOC>` at `vocab_size + 1`."""
 IGNORE = -100
 """Target of a position that carries no loss."""
 
@@ -25,11 +23,15 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 class ExtraRows(nn.Module):
-    """Trainable rows for the tokens that the frozen LM does not know, replicated on every rank."""
+    """Trainable rows for the tokens that the frozen LM does not know, replicated on every rank.
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    `<image>` at `vocab_size`, `<EOC>` at `vocab_size + 1`, then those of `LMConfig.further_tokens`.
+    """
+
+    def __init__(self, config: LMConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = tag(nn.Parameter(torch.empty(NUM_EXTRA_TOKENS, width, dtype=dtype)), std=0.02)
+        rows = torch.empty(config.extra_tokens, config.width, dtype=dtype)
+        self.weight = tag(nn.Parameter(rows), std=0.02)
 
     def forward(self, x: Tensor, *, as_head: bool = False) -> Tensor:
         """Look rows up, or project on them.
@@ -39,7 +41,7 @@ class ExtraRows(nn.Module):
             as_head: whether to project.
 
         Returns:
-            [N, D], or with `as_head` logits of shape [..., 2].
+            [N, D], or with `as_head` logits of shape [..., X], X the number of rows.
         """
         return F.linear(x, self.weight) if as_head else F.embedding(x, self.weight)
 
@@ -82,8 +84,8 @@ class Vocabulary(nn.Module):
         self.config = config
         self.frozen = FrozenVocabulary(config, megatron)
         self.frozen_head = None if config.tied else FrozenVocabulary(config, megatron)
-        self.extra = ExtraRows(config.width, megatron.params_dtype)
-        self.extra_head = ExtraRows(config.width, megatron.params_dtype)
+        self.extra = ExtraRows(config, megatron.params_dtype)
+        self.extra_head = ExtraRows(config, megatron.params_dtype)
 
     def forward(self, x: Tensor, *, as_head: bool = False, targets_N: Tensor | None = None) -> Tensor:
         """Embed ids, or give the logits or the losses of hidden states.
@@ -91,17 +93,17 @@ class Vocabulary(nn.Module):
         Args:
             x: ids int64 [B, T]; with `as_head`, hidden states [B, T, D]; with `targets_N`, [N, D].
             as_head: whether to return logits.
-            targets_N: ids below `vocab_size + 2`, int64 [N]; returns their losses.
+            targets_N: ids below `vocab_size + extra_tokens`, int64 [N]; returns their losses.
 
         Returns:
-            [B, T, D], logits [B, T, V + 2], or fp32 losses [N] in nats.
+            [B, T, D], logits [B, T, V + X], or fp32 losses [N] in nats.
         """
         if targets_N is not None:
             return self.nll(x, targets_N)
         return self.logits(x) if as_head else self.embed(x)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Embed `tokens_BT` (int64 [B, T], below `vocab_size + 2`) into [B, T, D]."""
+        """Embed `tokens_BT` (int64 [B, T], below `vocab_size + extra_tokens`) into [B, T, D]."""
         first_extra = self.config.vocab_size
         is_extra = tokens_BT >= first_extra
         frozen = self.frozen(tokens_BT.masked_fill(is_extra, 0))
@@ -119,7 +121,7 @@ class Vocabulary(nn.Module):
         return local, self.extra_head(x, as_head=True)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """Return the logits [B, T, V + 2] of the hidden states `x_BTD`, gathered over the TP group, no gradient.
+        """Return the logits [B, T, V + X] of the hidden states `x_BTD`, gathered over the TP group, no gradient.
 
         megatron-core's own gather allocates on a CUDA device, whatever the input's.
         """
@@ -136,7 +138,7 @@ class Vocabulary(nn.Module):
 
         Args:
             x_ND: hidden states, [N, D].
-            targets_N: ids below `vocab_size + 2`, int64 [N].
+            targets_N: ids below `vocab_size + extra_tokens`, int64 [N].
 
         Returns:
             fp32 [N], nats.

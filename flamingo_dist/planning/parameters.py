@@ -6,7 +6,7 @@ from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
-from flamingo_dist.models.vocabulary import NUM_EXTRA_TOKENS, padded_vocab_size
+from flamingo_dist.models.vocabulary import padded_vocab_size
 from flamingo_dist.planning.vision import vision_values
 
 
@@ -56,7 +56,7 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
         vision=vision_values(model.vision),
         resampler=resampler(model.resampler, tp),
         gated=gated * len(model.gated_positions()),
-        extra=2 * NUM_EXTRA_TOKENS * lm.width,
+        extra=2 * lm.extra_tokens * lm.width,
         lm_blocks=block * lm.num_layers + _norm(lm.norm, lm.width) + lm.table_rows * lm.width,
         vocabulary=vocabulary * (1 if lm.tied else 2),
         lm_block=block,

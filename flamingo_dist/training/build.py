@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
+from flamingo_dist.models.weights.source import opened_here
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from flamingo_dist.parallel.zero import (
     building,
@@ -21,7 +22,7 @@ from flamingo_dist.parallel.zero import (
 )
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.optimizer import make_optimizer
-from flamingo_dist.training.published import PublishedWeights
+from flamingo_dist.training.published import HandedOn, PublishedWeights
 
 
 def parameter_values(
@@ -76,7 +77,12 @@ def build_model(
     if config.lm.weights is None and config.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
     with building(parallel, ds_config or {}):
-        model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
+        model = Flamingo(
+            config,
+            dtype=dtype,
+            activation_checkpointing=parallel.activation_checkpointing,
+            opening=HandedOn if topology.world > 1 else opened_here,
+        )
     values = parameter_values(config, topology, seed)
     if config.weights is not None:
         folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)

@@ -1,5 +1,7 @@
 """Published weights on all ranks of a run, each byte read from the storage by one of them."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights
+from flamingo_dist.models.weights.source import ALL, WeightSource
 from flamingo_dist.parallel.topology import Topology, world_device
 
 
@@ -36,7 +39,7 @@ class PublishedWeights:
         if hasattr(param, "ds_id") or self.topology.data == 1:
             return self._read(name, param.shape)
         if self.topology.data_rank == 0:
-            value = self._read(name, param.shape).to(world_device(), param.dtype)
+            value = self._read(name, param.shape).to(world_device(), param.dtype).contiguous()
         else:
             value = torch.empty(param.shape, dtype=param.dtype, device=world_device())
         dist.broadcast(
@@ -45,7 +48,7 @@ class PublishedWeights:
         return value
 
     def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
-        """Return start values fp32 [2, D] of the trainable rows, and how much published rows differ."""
+        """Return start values fp32 [X, D] of the trainable rows, and how much published rows differ."""
         own_head = (
             head and not self.config.tied
         )  # a tied head's rows are the embedding's, and are not read again
@@ -65,6 +68,51 @@ class PublishedWeights:
             tp_size=tensor,
             exchange=exchange,
         )
+
+
+class HandedOn:
+    """Weights that every rank holds whole: the first rank of the world reads them and hands each tensor on.
+
+    Opening and reading are collectives: every rank asks for the same tensors in the same order.
+    """
+
+    def __init__(self, open_source: Callable[[], WeightSource]) -> None:
+        """Open the source on the first rank.
+
+        Raises:
+            FileNotFoundError: there is none, on every rank alike.
+            ValueError: it cannot be read, on every rank alike.
+        """
+        self._source: WeightSource | None = None
+        said: list[tuple[str, object]] = [("", None)]
+        if dist.get_rank() == 0:
+            try:
+                self._source = open_source()
+                said = [("", dict(self._source.shapes()))]
+            except Exception as error:  # of any library; the other ranks must not wait for what will not come
+                said = [("absent" if isinstance(error, FileNotFoundError) else "wrong", str(error))]
+        dist.broadcast_object_list(said, src=0, device=world_device())
+        kind, found = said[0]
+        if kind:
+            raise FileNotFoundError(found) if kind == "absent" else ValueError(found)
+        assert isinstance(found, dict), "the first rank sends shapes or an error"
+        self._shapes: dict[str, tuple[int, ...]] = found
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of every stored tensor, by its name."""
+        return self._shapes
+
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """Return the slice `[rows, columns]` of the tensor `name`, fp32 on the CPU."""
+        if self._source is not None:
+            value = self._source.read(name, rows, columns).to(world_device(), torch.float32).contiguous()
+        else:
+            empty = torch.empty(self._shapes[name], device="meta")
+            empty = empty[rows] if rows != ALL else empty
+            empty = empty[:, columns] if columns != ALL else empty
+            value = torch.empty(empty.shape, device=world_device())
+        dist.broadcast(value, src=0)
+        return value.cpu()
 
 
 def exchange_columns(rows_RC: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from jobs.doctor.clocks import check_skew
 from jobs.doctor.data import check_data
 from jobs.doctor.disk import bytes_below, check_run_folder, marked
 from jobs.doctor.findings import Finding, count, fail, lines, to_json
-from jobs.doctor.layout import UncheckedRun, check_configuration, check_gpu_memory, check_processes, unchecked
+from jobs.doctor.layout import (
+    UncheckedRun,
+    check_borders,
+    check_configuration,
+    check_gpu_memory,
+    check_processes,
+    unchecked,
+)
 from jobs.doctor.needs import checkpoint_bytes, needs_of
 from jobs.doctor.reach import Answer, by_ray, by_srun, here, slurm_master, slurm_nodes
 from jobs.doctor.report import NodeReport
@@ -89,6 +96,7 @@ def examine_run(recipe: Recipe, given: DoctorArguments) -> tuple[list[Finding], 
     run = given.run
     found = check_configuration(run)
     fits = all(finding.level == "ok" for finding in found)
+    found += check_borders(run)
     if "data" not in given.skip:
         if recipe.prepare is not None:
             recipe.prepare()

@@ -1,24 +1,25 @@
 """What a run reads: shards, tokenizer, weights."""
 
-import json
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
-
-import fsspec
+from pathlib import PurePosixPath
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.models.weights.ranges import RangeFile
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.planning.hardware import GIB
 from jobs.config import RunConfig
 from jobs.doctor.findings import Finding, fail, ok, warn
 
 ATTEMPTS = 2
 """Times that a read is tried: a run is patient with a busy storage, the doctor is not."""
-_HEADER_BYTES = 8
-_LARGEST_HEADER = 100 << 20
+_GGUF = b"GGUF"
+"""What such a file begins with."""
+_ONE_FILE = (".gguf", ".npz", ".pth", ".pt", ".bin")
+"""Endings of weights that are one file, but for `.safetensors`."""
 
 
 def check_data(run: RunConfig) -> list[Finding]:
@@ -152,51 +153,32 @@ def check_weights(what: str, path: str) -> Finding:
     """
     remedy = "download them anew, or correct the path"
     try:
-        fs, root = fsspec.core.url_to_fs(path)
-        files = sorted(fs.glob(f"{root}/*.safetensors")) if fs.isdir(root) else [root]
-        if not files:
-            return fail(what, f"{path} holds no .safetensors file", remedy)
-        lacking = _not_there(fs, root, files) if fs.isdir(root) else []
-        if lacking:
-            return fail(what, f"{path}: its index lists {', '.join(lacking[:3])}, not there", remedy)
-        sizes = [_checked_size(fs, file) for file in files]
-    except (OSError, ValueError, ImportError) as error:
+        says = _found_whole(path)
+    except Exception as error:  # file systems raise errors of libraries that need not be installed
         return fail(what, f"{path}: {_first_line(error)}", remedy)
-    return ok(what, f"{path}: {len(files)} files, {sum(sizes) / GIB:.2f} GiB")
+    return ok(what, f"{path}: {says}")
 
 
-def _not_there(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str]) -> list[str]:
-    """Return the files that a sharded model's index lists and the folder lacks."""
-    indices = fs.glob(f"{root}/*.safetensors.index.json")
-    there = {file.rsplit("/", 1)[-1] for file in files}
-    wanted = {name for index in indices for name in json.loads(fs.cat_file(index))["weight_map"].values()}
-    return sorted(wanted - there)
-
-
-def _checked_size(fs: fsspec.AbstractFileSystem, file: str) -> int:
-    """Return the bytes of a file of weights.
+def _found_whole(path: str) -> str:
+    """Return how many files of weights there are and how large, without reading them.
 
     Raises:
-        ValueError: it is cut off, or not what its name says.
+        ValueError: a file is cut off, or not what its name says.
+        OSError: it cannot be read.
     """
-    size = int(fs.size(file))
-    if size == 0:
-        raise ValueError(f"{file} is empty")
-    with fs.open(file, "rb") as opened:
-        head = opened.read(_HEADER_BYTES)
-        if file.endswith(".gguf") and head[:4] != b"GGUF":
-            raise ValueError(f"{file} is no GGUF file: it begins with {head[:4]!r}")
-        if file.endswith(".safetensors"):
-            (length,) = struct.unpack("<Q", head) if len(head) == _HEADER_BYTES else (0,)
-            if not 0 < length <= _LARGEST_HEADER:
-                raise ValueError(f"{file} is no safetensors file")
-            tensors = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-            if size != _HEADER_BYTES + length + max(ends, default=0):
-                raise ValueError(
-                    f"{file} is cut off: {size} bytes of {_HEADER_BYTES + length + max(ends, default=0)}"
-                )
-    return size
+    if PurePosixPath(path).suffix in _ONE_FILE:
+        file = RangeFile(path, attempts=ATTEMPTS)
+        files, size = 1, file.size()
+        if size == 0:
+            raise ValueError(f"{path} is empty")
+        head = bytearray(min(size, len(_GGUF)))
+        file.read_into(memoryview(head), 0)
+        if path.endswith(".gguf") and head != _GGUF:
+            raise ValueError(f"{path} is no GGUF file: it begins with {bytes(head)!r}")
+    else:
+        source = SafetensorsSource(path, attempts=ATTEMPTS)
+        files, size = len(source.files), source.check_whole()
+    return f"{files} files, {size / GIB:.2f} GiB"
 
 
 def _first_line(error: BaseException) -> str:

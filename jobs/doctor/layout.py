@@ -1,6 +1,7 @@
 """The run against itself and against the machine: degrees, batches, processes and memory of a GPU."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,8 @@ def check_configuration(run: RunConfig) -> list[Finding]:
 def _tried(check: str, call: Callable[[], object], says: str) -> Finding:
     """Return ok, or what `call` raises as a failure: its message says what is allowed."""
     try:
-        call()
+        with warnings.catch_warnings(action="ignore"):  # they are findings of their own
+            call()
     except ValueError as error:
         return fail(check, str(error), "change the setting that the message names")
     return ok(check, says)
@@ -94,6 +96,12 @@ def _check_batches(run: RunConfig, data: int) -> list[Finding]:
                 )
             )
     return found or [ok("batches", f"all divide among {data} data-parallel ranks")]
+
+
+def check_borders(run: RunConfig) -> list[Finding]:
+    """Compare the colour of borders with what the vision encoder sees as nothing."""
+    others = [warn("border colour", border.says, border.remedy) for border in run.other_borders()]
+    return others or [ok("border colour", f"the mean of {run.model.vision.name} on all pictures")]
 
 
 def check_processes(run: RunConfig, nodes: Sequence[NodeReport], *, own_ray: bool) -> list[Finding]:

@@ -9,6 +9,7 @@ from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.resampler import ResamplerConfig
+from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
 from flamingo_dist.parallel.topology import ParallelConfig
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
@@ -55,7 +56,7 @@ def demo() -> RunConfig:
         ) from error
     tokenizer = TokenizerConfig(kind="gguf", path=language_model, bos_id=END_OF_TEXT)
     lm = replace(read_lm_config(language_model), extra_like=(None, NEWLINE))
-    held_out = _data_sets(corpora, _HELD_OUT, mode="eval")
+    held_out = _data_sets(corpora, _HELD_OUT, vision, mode="eval")
     return RunConfig(
         recipe="demo",
         name="demo",
@@ -90,7 +91,7 @@ def demo() -> RunConfig:
         parallel=ParallelConfig(tensor=1, zero_stage=3, frozen="resident"),
         resources=ResourceConfig(workers=2, max_failures=1),
         data=DataConfig(
-            train=_data_sets(corpora, {name: name for name in _SHAPES}, mode="train"),
+            train=_data_sets(corpora, {name: name for name in _SHAPES}, vision, mode="train"),
             held_out=held_out,
             tokenizer=replace(tokenizer, vocab_size=lm.vocab_size),
             readers=ReaderConfig(readers=2, cpus_per_reader=0.25, prefetch=3),
@@ -101,7 +102,7 @@ def demo() -> RunConfig:
 
 
 def _data_sets(
-    corpora: Corpora, shapes: dict[str, str], *, mode: Literal["train", "eval"]
+    corpora: Corpora, shapes: dict[str, str], vision: VisionConfig, *, mode: Literal["train", "eval"]
 ) -> dict[str, DatasetConfig]:
     """Return the data sets that are there, each in the shape of a training data set."""
     return {
@@ -110,8 +111,8 @@ def _data_sets(
             urls=(corpora.url(name),),
             mode=mode,
             **{**_SHAPES[shape], **({"batch_size": 16} if mode == "eval" else {})},
-            image_size=224,
-            pad_colour=(255, 255, 255),
+            image_size=vision.image_size,
+            pad_colour=vision.pad_colour,
             video_fps=None,
             hflip_p=0.0,
         )

@@ -7,6 +7,7 @@ to it. NFNet-F6 is random, too, unless
 `model.vision.weights` names published weights.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from data_pipeline.actors import ReaderConfig
@@ -108,7 +109,12 @@ def large_data(train: dict[str, DatasetConfig], vocab_size: int) -> DataConfig:
 def large_run(
     name: str, network: FlamingoConfig, data: DataConfig, *, workers: int, tensor: int
 ) -> RunConfig:
-    """Return a run of the paper's schedule on `workers` GPUs in tensor-parallel groups of `tensor`."""
+    """Return a run of the paper's schedule on `workers` GPUs in tensor-parallel groups of `tensor`.
+
+    Borders of pictures get the colour of the network's encoder.
+    """
+    colour = network.vision.pad_colour
+    train = {key: replace(dataset, pad_colour=colour) for key, dataset in data.train.items()}
     return RunConfig(
         recipe=name,
         name=name,
@@ -122,7 +128,7 @@ def large_run(
         resources=ResourceConfig(
             workers=workers, cpus_per_worker=4, threads_per_worker=4, use_gpu=True, max_failures=3
         ),
-        data=data,
+        data=replace(data, train=train),
     )
 
 

@@ -28,9 +28,10 @@ def prepare_smoke() -> None:
 def smoke() -> RunConfig:
     """Return the smoke run: random tiny LM, tensor parallel 2 x data parallel 2, ZeRO-3, all three kinds of data."""
     folder = cache_folder() / "shapes" / f"v{VERSION}"
+    vision = VisionConfig(name="tiny", image_size=SIZE, tiny_width=32)
     common: dict[str, Any] = {
         "image_size": SIZE,
-        "pad_colour": (255, 255, 255),
+        "pad_colour": vision.pad_colour,
         "hflip_p": 0.0,
         "video_fps": None,
     }
@@ -47,7 +48,7 @@ def smoke() -> RunConfig:
                 head_dim=16,
                 ffn_width=128,
             ),
-            vision=VisionConfig(name="tiny", image_size=SIZE, tiny_width=32),
+            vision=vision,
             resampler=ResamplerConfig(
                 feature_width=32, width=48, depth=2, latents=8, heads=4, head_dim=16, frames=FRAMES
             ),

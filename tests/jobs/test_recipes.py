@@ -15,6 +15,7 @@ from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.planning.parameters import count_parameters
 from jobs.commands import parse_run
 from jobs.config import ResourceConfig, RunConfig
+from jobs.doctor.layout import check_borders
 from jobs.recipes import RECIPES
 from jobs.recipes.smoke import smoke
 from jobs.run_file import load_run_config
@@ -34,6 +35,31 @@ def test_recipe_equals_its_golden_dump(name):
     """A changed recipe shows in review: write the new dump with `python -m tests.jobs.write_golden`."""
     dumped = json.dumps(RECIPES[name].config().to_json(), indent=1) + "\n"
     assert dumped == (GOLDEN / f"{name}.json").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])
+def test_borders_have_the_colour_of_the_encoder_that_the_recipe_names(name, recwarn):
+    run = RECIPES[name].config()
+    assert run.other_borders() == []
+    assert not [w for w in recwarn if "border colour" in str(w.message)]
+
+
+def test_other_borders_warn_once_for_each_data_set_that_has_some():
+    run = smoke()
+    pairs = replace(run.data.train["pairs"], pad_colour=(1, 2, 3))
+    data = replace(run.data, train={**run.data.train, "pairs": pairs})
+    says = r"data.train.pairs.pad_colour=\(1, 2, 3\) is not the border colour of tiny, \(255, 255, 255\); .*"
+    with pytest.warns(UserWarning, match=says + "--data.train.pairs.pad-colour 255 255 255") as caught:
+        other = replace(run, data=data)
+    assert len(caught) == 1
+    assert len(other.other_borders()) == 1
+    assert replace(run, data=replace(data, encode_features=True)).other_borders() == []
+    stored = replace(pairs, media="features", num_features=16, width=32)
+    assert replace(run, data=replace(data, train={"pairs": stored})).other_borders() == []
+    found = check_borders(other)
+    assert [f.level for f in found] == ["warn"]
+    assert found[0].remedy.endswith("--data.train.pairs.pad-colour 255 255 255")
+    assert [f.level for f in check_borders(run)] == ["ok"]
 
 
 @pytest.mark.parametrize("name", [*NAMED, "llama_7b", "mpt_7b"])

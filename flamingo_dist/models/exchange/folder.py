@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from flamingo_dist.from_json import from_json
 from flamingo_dist.models.exchange.rules import check_tensors
-from flamingo_dist.models.exchange.tensors import SHARD_BYTES, TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import SHARD_BYTES, read_slice, write_tensors
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.vision.files import copy_weights
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
 """What `config.json` calls the format."""
@@ -81,13 +83,8 @@ def _copy_vision(config: VisionConfig, folder: Path) -> dict[str, Any]:
     stated = dataclasses.asdict(config)
     for field in _FILES_OF_VISION:
         if stated[field]:
-            source = Path(stated[field])
             (folder / VISION).mkdir(exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, folder / VISION / source.name)
-            else:
-                shutil.copy(source, folder / VISION / source.name)
-            stated[field] = f"{VISION}/{source.name}"
+            stated[field] = f"{VISION}/{copy_weights(stated[field], folder / VISION)}"
     return stated
 
 
@@ -117,7 +114,7 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
         model["vision"] = dataclasses.asdict(vision)
     else:
         for field in _FILES_OF_VISION:
-            if model["vision"].get(field):
+            if model["vision"].get(field) and "://" not in model["vision"][field]:
                 model["vision"][field] = str(folder / model["vision"][field])
     model["weights"] = str(folder)
     try:
@@ -132,7 +129,7 @@ class NetworkFolder:
 
     def __init__(self, folder: Path, *, tp_rank: int, tp_size: int) -> None:
         """Open the folder."""
-        self.tensors = TensorFolder(folder)
+        self.tensors = SafetensorsSource(str(folder))
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def check(self, model: nn.Module, vocab_size: int) -> None:
@@ -163,7 +160,7 @@ class NetworkFolder:
         def value_of(name: str, param: nn.Parameter) -> Tensor:
             if name not in there:
                 return otherwise(name, param)
-            value = self.tensors.read_slice(name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
+            value = read_slice(self.tensors, name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
             short = param.shape[0] - value.shape[0] if _is_vocabulary(name) else 0
             return nn.functional.pad(value, (0, 0, 0, short)) if short else value
 

@@ -3,7 +3,8 @@
 IDEFICS is Flamingo with a gated block before every n-th LLaMA block (the first of each n), RMSNorm and SwiGLU in it,
 ReLU in the resampler, no frame embeddings, and additional rows of the vocabulary for `<fake_token_around_image>` (id V)
 and `<image>` (id V + 1). Ours are `<image>` (V) and `<EOC>` (V + 1): the two change places, `<EOC>` standing for the
-fake token, which comes before an image as `<EOC>` does.
+fake token, which comes before an image as `<EOC>` does. What stands after them keeps its id: `<end_of_utterance>`
+(V + 2) of the instruct models.
 """
 
 import dataclasses
@@ -19,13 +20,15 @@ from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
-from flamingo_dist.models.vocabulary import NUM_EXTRA_TOKENS
 
 VISION_PREFIX = "model.vision_model."
 """Before the names of the vision tower, which are CLIP's."""
 IGNORED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of the names of derived buffers, which old files hold."""
+FAKE_TOKEN, IMAGE_TOKEN = "<fake_token_around_image>", "<image>"
+"""The first two additional tokens, by the names of the published tokenizers."""
 _RESAMPLER_EPS = 1e-5
+_NEEDED_TOKENS = 2
 
 # Fields that say how a network starts or runs, not what it computes.
 _FREE = {
@@ -63,6 +66,7 @@ def network_config(stated: Mapping[str, Any], vision: VisionConfig) -> FlamingoC
             norm_eps=eps,
             rope_base=_rope(stated).get("rope_theta", 10000.0),
             tied=False,
+            further_tokens=max(0, stated.get("additional_vocab_size", 0) - _NEEDED_TOKENS),
         ),
         vision=vision,
         resampler=ResamplerConfig(
@@ -107,7 +111,12 @@ def _check_options(stated: Mapping[str, Any]) -> None:
     refused = [
         ("model_type", stated.get("model_type"), stated.get("model_type") == "idefics", "'idefics'"),
         ("use_resampler", resampled, bool(resampled), "true: blocks read latents"),
-        ("additional_vocab_size", extra, extra in (0, NUM_EXTRA_TOKENS), f"0 or {NUM_EXTRA_TOKENS}"),
+        (
+            "additional_vocab_size",
+            extra,
+            extra == 0 or extra >= _NEEDED_TOKENS,
+            f"0, or {_NEEDED_TOKENS} or more",
+        ),
         (
             "hidden_act",
             stated.get("hidden_act", "silu"),
@@ -149,7 +158,7 @@ def idefics_config(config: FlamingoConfig, tower: Mapping[str, Any]) -> dict[str
         "model_type": "idefics",
         "architectures": ["IdeficsForVisionText2Text"],
         "vocab_size": lm.vocab_size,
-        "additional_vocab_size": NUM_EXTRA_TOKENS,
+        "additional_vocab_size": lm.extra_tokens,
         "hidden_size": lm.width,
         "intermediate_size": lm.ffn_width,
         "num_hidden_layers": lm.num_layers,
@@ -198,12 +207,12 @@ def _check_representable(config: FlamingoConfig, stated: Mapping[str, Any]) -> N
         raise ValueError(f"cross_phase={config.cross_phase!r}: IDEFICS' blocks stand 'first' of every n.")
 
 
-def rules(config: FlamingoConfig, *, extra_tokens: int = NUM_EXTRA_TOKENS) -> list[Rule]:
+def rules(config: FlamingoConfig, *, additional: bool = True) -> list[Rule]:
     """Return how our parameters and IDEFICS' tensors stand for each other, the vision tower left out.
 
     Args:
         config: the network, with an untied head.
-        extra_tokens: IDEFICS' `additional_vocab_size`, 0 or 2.
+        additional: whether IDEFICS has additional tokens, `additional_vocab_size` of them.
     """
     found = [
         same("lm.vocabulary.frozen.weight", "model.embed_tokens.weight"),
@@ -217,8 +226,8 @@ def rules(config: FlamingoConfig, *, extra_tokens: int = NUM_EXTRA_TOKENS) -> li
     for ours, theirs in extra.items():
         found.append(
             Rule(ours=(ours,), theirs=(theirs,), to_ours=_swap_rows, to_theirs=_swap_rows)
-            if extra_tokens
-            else absent(ours, (NUM_EXTRA_TOKENS, config.lm.width))
+            if additional
+            else absent(ours, (config.lm.extra_tokens, config.lm.width))
         )
     for i in range(config.lm.num_layers):
         found += _lm_block(config.lm, f"lm.layers.{i}.", f"model.layers.{i}.")
@@ -228,7 +237,8 @@ def rules(config: FlamingoConfig, *, extra_tokens: int = NUM_EXTRA_TOKENS) -> li
 
 
 def _swap_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensors[0].flip(0)]
+    """Let the first two rows change places."""
+    return [torch.cat([tensors[0][:2].flip(0), tensors[0][2:]])]
 
 
 def _lm_block(lm: LMConfig, ours: str, theirs: str) -> list[Rule]:

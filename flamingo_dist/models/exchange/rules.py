@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flamingo_dist.models.stored_shapes import complaint, differences
 
-Shapes = Mapping[str, torch.Size]
+Shapes = Mapping[str, Sequence[int]]
 
 
 class TensorSource(Protocol):
@@ -24,7 +24,7 @@ class TensorSource(Protocol):
         """What errors call the source."""
         ...
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def shapes(self) -> Shapes:
         """Return the shape of every tensor."""
         ...
 

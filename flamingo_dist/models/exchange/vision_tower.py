@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from flamingo_dist.models.exchange.rules import TensorSource, check_tensors
-from flamingo_dist.models.exchange.tensors import TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import write_tensors
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.vision.files import read_json
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 SETTINGS: Mapping[str, Any] = {"name": "clip", "class_token": True}
 """Settings of `VisionConfig` for a tower, beside `weights` and `image_size`."""
@@ -115,10 +117,11 @@ def tower_of(vision: VisionConfig) -> Tower:
             raise ValueError(
                 f"vision.{setting}={given!r} does not exist in IDEFICS, whose vision tower is {dict(SETTINGS)}."
             )
-    folder = Path(vision.weights)
-    stated = json.loads((folder / "config.json").read_text())
+    stated = read_json(vision.weights, "config.json")
+    if stated is None:
+        raise ValueError(f"vision.weights={vision.weights!r} has no config.json; give a Hugging Face folder.")
     stated = stated.get("vision_config", stated)
-    source = TensorFolder(folder)
+    source = SafetensorsSource(vision.weights)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in source.shapes()) else ""
     settings = tower_settings({"embed_dim": stated["hidden_size"], **stated})
     return Tower(stated=settings, source=source, prefix=prefix)

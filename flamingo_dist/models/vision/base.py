@@ -2,14 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flamingo_dist.models.vision.config import VisionConfig
+from flamingo_dist.models.vision.files import open_tensors
 
 STD_FLOOR = 0.1
 """Added to a channel's standard deviation, as a share of the mean one: a channel that hardly ever fires would
@@ -126,16 +125,15 @@ def _standardisation(config: VisionConfig) -> tuple[Tensor | None, Tensor | None
     """
     if not config.statistics:
         return None, None
-    if not Path(config.statistics).is_file():
-        raise FileNotFoundError(f"no statistics at {config.statistics!r}: `jobs.statistics` writes them")
-    held = load_file(config.statistics)
-    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    absent = f"no statistics at {config.statistics!r}: `jobs.statistics` writes them"
+    held = open_tensors(config.statistics, absent=absent)
+    shapes = dict(held.shapes())
     if shapes != {"mean": (config.width,), "std": (config.width,)}:
         raise ValueError(
             f"{config.statistics} holds {shapes}; statistics of {config.name} are mean and std, [{config.width}] each."
         )
-    std_C = held["std"].float()
-    return held["mean"].float(), 1.0 / (std_C + STD_FLOOR * std_C.mean())
+    std_C = held.read("std").float()
+    return held.read("mean").float(), 1.0 / (std_C + STD_FLOOR * std_C.mean())
 
 
 class FrozenConv(nn.Module):

@@ -1,36 +1,60 @@
 """From a configuration to an encoder."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flamingo_dist.models.vision.base import VisionEncoder
 from flamingo_dist.models.vision.config import VisionConfig
+from flamingo_dist.models.vision.efficientnet import ABSENT as NO_EFFICIENTNET
 from flamingo_dist.models.vision.efficientnet import EfficientNetLite0
+from flamingo_dist.models.vision.files import open_tensors
 from flamingo_dist.models.vision.nfnet import NFNet
+from flamingo_dist.models.vision.nfnet_weights import ABSENT as NO_NFNET
 from flamingo_dist.models.vision.tiny import TinyEncoder
+from flamingo_dist.models.weights.source import Opening, WeightSource, opened_here
 
 
-def build_vision(config: VisionConfig) -> VisionEncoder:
+def build_vision(config: VisionConfig, *, opening: Opening = opened_here) -> VisionEncoder:
     """Return the encoder that `config` asks for, with its weights, in evaluation mode on the CPU.
+
+    Args:
+        config: the encoder.
+        opening: how the file of weights is opened: by this process alone, or by all ranks of a run together.
 
     Raises:
         FileNotFoundError: the weights are not there; the message says how to fetch them.
         ValueError: the weights are another network's.
     """
     with _outside_zero_init():
-        return _encoder_class(config)(config).eval()
+        return _build(config, opening).eval()
 
 
-def _encoder_class(config: VisionConfig) -> Callable[[VisionConfig], VisionEncoder]:
+def _build(config: VisionConfig, opening: Opening) -> VisionEncoder:
+    if config.name == "tiny":
+        return TinyEncoder(config)
     if config.is_vit:
         # Imported late: transformers takes a second, and the other encoders do without.
-        from flamingo_dist.models.vision.vit import ViTEncoder
+        from flamingo_dist.models.vision.vit import ABSENT, ViTEncoder
 
-        return ViTEncoder
+        return ViTEncoder(config, None if _is_without_values() else _open(config, opening, ABSENT))
     if config.is_nfnet:
-        return NFNet
-    return TinyEncoder if config.name == "tiny" else EfficientNetLite0
+        is_drawn = not config.weights or _is_without_values()
+        return NFNet(config, None if is_drawn else _open(config, opening, NO_NFNET))
+    return EfficientNetLite0(config, _open(config, opening, NO_EFFICIENTNET))
+
+
+def _open(config: VisionConfig, opening: Opening, absent: str) -> WeightSource:
+    return opening(lambda: open_tensors(config.weights, absent=absent.format(config.weights)))
+
+
+def _is_without_values() -> bool:
+    """Return whether tensors made now hold no values: on the meta device, or fake ones of a dry run."""
+    made = torch.empty(0)
+    return made.is_meta or isinstance(made, FakeTensor)
 
 
 @contextmanager

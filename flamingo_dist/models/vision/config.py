@@ -3,11 +3,11 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
+from flamingo_dist.models.vision.files import content_hash
 from flamingo_dist.models.vision.nfnet_shape import NFNETS
 from flamingo_dist.models.vision.nfnet_shape import STRIDE as NFNET_STRIDE
 
@@ -53,8 +53,8 @@ class VisionConfig:
     tests. `clip`, `siglip`, `dinov2`: vision transformers through transformers."""
     weights: str = ""
     """`tiny` has none. `efficientnet-lite0`: path of the state dict (`.pth`). `nfnet-*`: DeepMind's haiku file, timm's
-    safetensors, or "" for random weights. `clip`, `siglip`, `dinov2`: a local Hugging Face folder, of the whole
-    model or of its vision part."""
+    safetensors, or "" for random weights. `clip`, `siglip`, `dinov2`: a Hugging Face folder, of the whole model or of
+    its vision part. All at any fsspec URL; a run reads each file once and hands it on to its ranks."""
     image_size: int = 0
     """Height and width of the input in pixels; a multiple of 8 for `tiny`, of 32 for the convolutional encoders, of
     the patch for transformers, whose position embeddings are interpolated where they were trained at another size.
@@ -74,9 +74,9 @@ class VisionConfig:
     """What the encoder computes in. bfloat16 is about 2.5 times as fast on a CPU with AVX512-BF16, and moves
     the features of EfficientNet-Lite0 by about 5 percent of their norm."""
     statistics: str = ""
-    """Path of a `.safetensors` file with `mean` and `std`, fp32 [C], of the features of a corpus (`jobs.statistics`
-    writes it): features are then standardised channel by channel, so that what all its images share does not
-    drown what tells them apart. "" leaves them as the encoder gives them."""
+    """Path or URL of a `.safetensors` file with `mean` and `std`, fp32 [C], of the features of a corpus
+    (`jobs.statistics` writes it): features are then standardised channel by channel, so that what all its images
+    share does not drown what tells them apart. "" leaves them as the encoder gives them."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(VisionName):
@@ -98,7 +98,7 @@ class VisionConfig:
         if self.name == "tiny" and self.weights:
             raise ValueError(f"weights {self.weights!r} for tiny: it has none")
         if not self.weights and (self.is_vit or self.name == "efficientnet-lite0"):
-            kind = "a local Hugging Face folder" if self.is_vit else "a path of a state dict"
+            kind = "a Hugging Face folder" if self.is_vit else "a path of a state dict"
             raise ValueError(f"weights '' for {self.name}: give {kind}")
 
     def _check_tokens(self) -> None:
@@ -182,10 +182,10 @@ class VisionConfig:
         Raises:
             FileNotFoundError: the weights are not there.
         """
-        settings = asdict(self) | {"weights": _sha256(Path(self.weights)) if self.weights else ""}
+        settings = asdict(self) | {"weights": content_hash(self.weights) if self.weights else ""}
         del settings["statistics"]
         if self.statistics:
-            settings["statistics"] = _sha256(Path(self.statistics))
+            settings["statistics"] = content_hash(self.statistics)
         # What an encoder does not read must not make its features stale.
         if self.name != "tiny":
             del settings["tiny_width"], settings["tiny_seed"]
@@ -197,12 +197,3 @@ class VisionConfig:
         else:
             del settings["class_token"], settings["final_norm"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    """Return the hash of a file, or of a folder's weights and of what says how they are used."""
-    if path.is_dir():
-        files = sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
-        return hashlib.sha256("".join(f"{f.name}:{_sha256(f)}\n" for f in files).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,11 @@
 """EfficientNet-Lite0 as a frozen encoder, BatchNorm folded into the convolutions."""
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from flamingo_dist.models.vision.base import FrozenConv, VisionEncoder, flatten_grid
 from flamingo_dist.models.vision.config import VisionConfig
+from flamingo_dist.models.weights.source import WeightSource
 
 BN_EPSILON = 1e-3
 
@@ -23,6 +21,11 @@ STAGES = (
 """Each stage's number of blocks, kernel, stride of its first block, expansion and width. The encoder reads kernels and
 widths off the weights."""
 
+ABSENT = (
+    "no EfficientNet-Lite0 weights at {!r}: `jobs.demo.fetch.fetch_parts` fetches them (Parts.vision_encoder is "
+    "the path)"
+)
+"""What is said where there are none."""
 CPU_CHUNK = 4
 """Images at a time on a CPU: more do not fit its caches (70 images a second and core instead of 50)."""
 
@@ -33,15 +36,14 @@ class EfficientNetLite0(VisionEncoder):
     Input is scaled as in training: (pixel - 127) / 128.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
-        """Load the weights.
+    def __init__(self, config: VisionConfig, source: WeightSource) -> None:
+        """Load the weights from `source`, which is opened `config.weights`.
 
         Raises:
-            FileNotFoundError: there is no file at `config.weights`.
-            ValueError: the file holds other weights.
+            ValueError: it holds other weights.
         """
         super().__init__(config)
-        convs = FoldedConvs(_load(config.weights), config.torch_dtype)
+        convs = FoldedConvs(_check(source, config.weights), config.torch_dtype)
         self.stem = convs.make("_conv_stem", "_bn0", stride=2)
         blocks: list[nn.Module] = []
         for repeats, _, stride, expansion, _ in STAGES:
@@ -94,9 +96,9 @@ class _Block(nn.Module):
 class FoldedConvs:
     """Makes convolutions out of a state dict's convolutions and the BatchNorms that follow them."""
 
-    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Hold the tensors by name, fp32, and what the convolutions compute in."""
-        self._state, self._dtype = state, dtype
+    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
+        """Hold where the tensors are, and what the convolutions compute in."""
+        self._source, self._dtype = source, dtype
 
     def make(self, conv: str, norm: str, *, stride: int = 1, depthwise: bool = False) -> FrozenConv:
         """Return `conv` followed by `norm` as one convolution.
@@ -107,24 +109,23 @@ class FoldedConvs:
             stride: 1 or 2.
             depthwise: one filter for each channel.
         """
-        state = self._state
-        scale = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + BN_EPSILON)
-        weight = state[f"{conv}.weight"] * scale[:, None, None, None]
-        bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        names = ("weight", "bias", "running_mean", "running_var")
+        gain, shift, mean, variance = (self._source.read(f"{norm}.{name}").float() for name in names)
+        scale = gain * torch.rsqrt(variance + BN_EPSILON)
+        weight = self._source.read(f"{conv}.weight").float() * scale[:, None, None, None]
+        bias = shift - mean * scale
         groups = weight.shape[0] if depthwise else 1
         return FrozenConv(weight, bias, self._dtype, stride=stride, groups=groups)
 
 
-def _load(path: str) -> dict[str, Tensor]:
-    """Read the state dict, as fp32."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no EfficientNet-Lite0 weights at {path!r}: `jobs.demo.fetch.fetch_parts` fetches them "
-            "(Parts.vision_encoder is the path)"
-        )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+def _check(source: WeightSource, where: str) -> WeightSource:
+    """Return the source, if it holds a state dict of this network.
+
+    Raises:
+        ValueError: it does not.
+    """
     blocks = sum(repeats for repeats, *_ in STAGES)
     expected = {f"_blocks.{blocks - 1}._project_conv.weight", "_conv_stem.weight", "_conv_head.weight"}
-    if missing := expected - set(state):
-        raise ValueError(f"{path} is no state dict of EfficientNet-Lite0: it lacks {sorted(missing)}")
-    return {name: tensor.float() for name, tensor in state.items()}
+    if missing := expected - source.shapes().keys():
+        raise ValueError(f"{where} is no state dict of EfficientNet-Lite0: it lacks {sorted(missing)}")
+    return source

@@ -7,33 +7,35 @@ which keep bytes and shapes, and refuses every other; it calls nothing that the 
 
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 
-def read_pickle(path: Path) -> dict[str, np.ndarray]:
+def read_pickle(file: IO[bytes], where: str) -> dict[str, np.ndarray]:
     """Return the arrays of a pickled two-level dictionary, by `module/parameter`.
+
+    Args:
+        file: opened at its beginning.
+        where: what errors call it.
 
     Raises:
         ValueError: the file holds anything else, or is cut off.
     """
-    with path.open("rb") as file:
-        try:
-            held = _ArrayUnpickler(file).load()
-        except Exception as error:  # whatever a broken pickle makes of our stand-ins
-            raise ValueError(f"{path} is no pickle of numpy arrays alone: {error}") from error
+    try:
+        held = _ArrayUnpickler(file).load()
+    except Exception as error:  # whatever a broken pickle makes of our stand-ins
+        raise ValueError(f"{where} is no pickle of numpy arrays alone: {error}") from error
     arrays: dict[str, np.ndarray] = {}
     for module, parameters in held.items() if isinstance(held, dict) else ():
         for name, value in parameters.items() if isinstance(parameters, dict) else ((None, None),):
             if not isinstance(value, _Array) or value.array is None:
                 raise ValueError(
-                    f"{path}: {module!r} is no dictionary of numpy arrays, as haiku's parameters are."
+                    f"{where}: {module!r} is no dictionary of numpy arrays, as haiku's parameters are."
                 )
             arrays[f"{module}/{name}"] = value.array
     if not arrays:
-        raise ValueError(f"{path} holds no dictionary of dictionaries of numpy arrays.")
+        raise ValueError(f"{where} holds no dictionary of dictionaries of numpy arrays.")
     return arrays
 
 

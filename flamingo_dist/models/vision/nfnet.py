@@ -20,6 +20,7 @@ from flamingo_dist.models.vision.nfnet_shape import (
     TensorSpec,
 )
 from flamingo_dist.models.vision.nfnet_weights import Published, Reader, drawn, empty
+from flamingo_dist.models.weights.source import WeightSource
 
 GAMMA = 1.7015043497085571
 """Scales GELU's output to unit variance where its input has it (the published constant)."""
@@ -33,21 +34,21 @@ class NFNet(VisionEncoder):
     Input is normalised by ImageNet's mean and standard deviation, as the published code does.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, source: WeightSource | None = None) -> None:
         """Load or draw the weights.
 
         Args:
             config: the encoder; without `weights` they are drawn from `nfnet_seed`, and on the meta device
                 (`with torch.device("meta")`) none are made.
+            source: opened `config.weights`; None where there are none, or none are made.
 
         Raises:
-            FileNotFoundError: there is no file at `config.weights`.
-            ValueError: the file holds other weights.
+            ValueError: the source holds other weights.
         """
         super().__init__(config)
         shape = NFNETS[config.name]
         self.normalise = Normalisation(IMAGENET_MEAN, IMAGENET_STD, config.torch_dtype)
-        parts = _Parts(shape, _reader(config, shape), config.torch_dtype)
+        parts = _Parts(shape, _reader(config, shape, source), config.torch_dtype)
         self.stem = nn.ModuleList(
             parts.conv(f"stem_conv{i}", conv, GAMMA if i else 1.0) for i, conv in enumerate(shape.stem)
         )
@@ -161,7 +162,11 @@ def _gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
-def _reader(config: VisionConfig, shape: NFNetShape) -> Reader:
-    if torch.get_default_device().type == "meta":
-        return empty
-    return Published(config.weights, shape) if config.weights else drawn(shape, config.nfnet_seed)
+def _reader(config: VisionConfig, shape: NFNetShape, source: WeightSource | None) -> Reader:
+    if source is not None:
+        return Published(source, config.weights, shape)
+    return (
+        empty
+        if config.weights or torch.get_default_device().type == "meta"
+        else drawn(shape, config.nfnet_seed)
+    )

@@ -1,24 +1,26 @@
 """Weights of an NFNet: from the published files, drawn at random, or empty on the meta device."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from flamingo_dist.models.init import ParamTag, draw
 from flamingo_dist.models.stored_shapes import differences, shortened
-from flamingo_dist.models.vision.haiku_file import read_pickle
 from flamingo_dist.models.vision.nfnet_shape import NFNetShape, TensorSpec
+from flamingo_dist.models.weights.source import WeightSource
 
 HAIKU_PREFIX = "NFNet/~/"
 """The published code's name of the network, before the names of its modules."""
 CLASSIFIER = ("head.fc.weight", "head.fc.bias", f"{HAIKU_PREFIX}linear/w", f"{HAIKU_PREFIX}linear/b")
 """What a checkpoint may hold beside the encoder."""
 
+ABSENT = (
+    "no NFNet weights at {!r}: give DeepMind's haiku file (F6_haiku.npz) or timm's dm_nfnet_f6 as safetensors, or "
+    "leave `weights` empty for random ones."
+)
+"""What is said where there are none."""
 Reader = Callable[[TensorSpec], Tensor]
 """Gives one tensor in torch's layout, fp32, each one once."""
 
@@ -41,27 +43,26 @@ def drawn(shape: NFNetShape, seed: int) -> Reader:
 
 
 def empty(spec: TensorSpec) -> Tensor:
-    """Return a tensor of that shape on the meta device."""
-    return torch.empty(spec.shape, device="meta")
+    """Return a tensor of that shape without values: on the meta device, or a fake one."""
+    return torch.empty(spec.shape)
 
 
 class Published:
     """Reads the tensors of one published file, and of nothing else."""
 
-    def __init__(self, path: str, shape: NFNetShape) -> None:
+    def __init__(self, source: WeightSource, path: str, shape: NFNetShape) -> None:
         """Find the file's layout and check its names and shapes, before any tensor is converted.
 
         Args:
-            path: DeepMind's haiku pickle, an `.npz` or `.safetensors` of the same names, timm's `.safetensors`
-                or `.pth`, or a folder with timm's `model.safetensors`.
+            source: DeepMind's names, or timm's.
+            path: what errors call it.
             shape: the network.
 
         Raises:
-            FileNotFoundError: there is nothing at `path`.
             ValueError: the file lacks tensors, holds others, or holds them in other shapes; the message names them.
         """
-        self._file = _open(path)
-        shapes = self._file.shapes
+        self._source = source
+        shapes = source.shapes()
         self._haiku = any(name.startswith(HAIKU_PREFIX) for name in shapes)
         if not self._haiku and not any(name.startswith("stem.conv1.") for name in shapes):
             raise ValueError(
@@ -73,7 +74,7 @@ class Published:
 
     def __call__(self, spec: TensorSpec) -> Tensor:
         """Return one tensor in torch's layout, fp32."""
-        value = self._file.read(self._name(spec)).float()
+        value = self._source.read(self._name(spec)).float()
         if self._haiku and spec.kind == "conv":
             return value.permute(3, 2, 0, 1)
         if self._haiku and spec.kind == "linear":
@@ -112,50 +113,3 @@ def check_tensors(
         faults.append(f"holds {shortened(wrong)}")
     if faults:
         raise ValueError(f"{path} {'; it '.join(faults)}. Give the weights of the encoder that `name` names.")
-
-
-class _Arrays:
-    """Tensors that are all in memory; each is given away once, so that its memory can go."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = dict(tensors)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._tensors.pop(name)
-        # A copy: arrays of a pickle are views of its read-only bytes.
-        return tensor if isinstance(tensor, Tensor) else torch.from_numpy(np.array(tensor, np.float32))
-
-
-class _SafeTensors:
-    """Tensors of a `.safetensors` file, read one by one."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
-        self.shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}  # noqa: SIM118
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-def _open(path: str) -> _Arrays | _SafeTensors:
-    """Open a file of weights by what it holds: the published `.npz` are pickles."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no NFNet weights at {str(file)!r}: give DeepMind's haiku file (F6_haiku.npz) or timm's "
-            "dm_nfnet_f6 as safetensors, or leave `weights` empty for random ones."
-        )
-    if file.suffix == ".safetensors":
-        return _SafeTensors(file)
-    if file.suffix in (".pth", ".pt", ".bin"):
-        return _Arrays(torch.load(file, map_location="cpu", weights_only=True))
-    with file.open("rb") as opened:
-        is_archive = opened.read(2) == b"PK"
-    if not is_archive:
-        return _Arrays(read_pickle(file))
-    with np.load(file, allow_pickle=False) as archive:
-        return _Arrays(dict(archive))

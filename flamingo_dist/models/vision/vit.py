@@ -13,7 +13,10 @@ from flamingo_dist.models.stored_shapes import shortened
 from flamingo_dist.models.vision.base import Normalisation, VisionEncoder
 from flamingo_dist.models.vision.config import VisionConfig
 from flamingo_dist.models.vision.vit_shape import ViTShape, vit_config
+from flamingo_dist.models.weights.source import WeightSource
 
+ABSENT = "no safetensors in {!r}: give a Hugging Face folder with them; pickles are not read."
+"""What is said where there are none."""
 UNUSED = (
     "text_model.",
     "text_projection.",
@@ -38,11 +41,15 @@ class ViTEncoder(VisionEncoder):
     Pixels are normalised by the mean and the standard deviation that the folder's image processor names.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, source: WeightSource | None) -> None:
         """Load the weights; on the meta device (`with torch.device("meta")`) none are made.
 
+        Args:
+            config: the encoder.
+            source: opened `config.weights`; None where no values are made.
+
         Raises:
-            FileNotFoundError: the folder, its configuration or its weights are not there.
+            FileNotFoundError: the folder's configuration is not there.
             ValueError: it holds another kind of model, or tensors are missing, superfluous or of another shape.
         """
         super().__init__(config)
@@ -52,7 +59,7 @@ class ViTEncoder(VisionEncoder):
         # DINOv2 looks at the image's size by itself.
         resized = config.image_size != shape.image_size and shape.name != "dinov2"
         self._options = {"interpolate_pos_encoding": True} if resized else {}
-        self.model = _freeze(_load(shape, config))
+        self.model = _freeze(_load(shape, config, source))
         wanted = shape.norm_of_last_hidden_state if config.final_norm is None else config.final_norm
         self._adds_norm = wanted and not shape.norm_of_last_hidden_state
         if shape.norm_of_last_hidden_state and not wanted:
@@ -65,8 +72,8 @@ class ViTEncoder(VisionEncoder):
         return self.model.post_layernorm(hidden_NSC) if self._adds_norm else hidden_NSC
 
 
-def _load(shape: ViTShape, config: VisionConfig) -> Any:
-    """Return transformers' module with the folder's weights, all of them and no others."""
+def _load(shape: ViTShape, config: VisionConfig, source: WeightSource | None) -> Any:
+    """Return transformers' module with the source's weights, all of them and no others; without one, with no values."""
     vision = vit_config(shape.name, config.weights)
     if shape.name == "siglip":
         vision.vision_use_head = False  # it pools the tokens that we want one by one
@@ -77,24 +84,32 @@ def _load(shape: ViTShape, config: VisionConfig) -> Any:
         "siglip": transformers.SiglipVisionModel,
         "dinov2": transformers.Dinov2Model,
     }[shape.name]
-    if torch.get_default_device().type == "meta":
-        return model_class._from_config(vision, attn_implementation="sdpa", dtype=config.torch_dtype)
+    options: Any = {"attn_implementation": "sdpa", "dtype": config.torch_dtype}
+    if source is None:
+        with torch.device("meta"):  # fake tensors do not survive what some classes draw
+            model = model_class._from_config(vision, **options)
+        return _without_values(_freeze(model))
+    # transformers knows what its classes called these tensors in every version; it gets the vision part alone.
+    names = [name for name in source.shapes() if not name.startswith(UNUSED)]
     with _quiet():
-        try:
-            model, report = model_class.from_pretrained(
-                config.weights,
-                config=vision,
-                dtype=config.torch_dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are reported to us
-            )
-        except OSError as error:
-            raise FileNotFoundError(f"no safetensors in {config.weights!r}: {error}") from error
+        model, report = model_class.from_pretrained(
+            None,
+            config=vision,
+            state_dict={name: source.read(name).to(config.torch_dtype) for name in names},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported to us
+            **options,
+        )
     _check(config, report)
     return model
+
+
+def _without_values(frozen: Any) -> Any:
+    """Put the buffers of `frozen` on the default device, without values: meta, or the fake one of a dry run."""
+    for part in frozen.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
+    return frozen
 
 
 def _check(config: VisionConfig, report: dict[str, Any]) -> None:
@@ -103,11 +118,14 @@ def _check(config: VisionConfig, report: dict[str, Any]) -> None:
     Raises:
         ValueError: a tensor is missing, superfluous or of another shape; the message names it.
     """
-    extra = [n for n in report["unexpected_keys"] if not n.startswith(UNUSED)]
     wrong = [f"{n} of shape {list(a)} instead of {list(b)}" for n, a, b in report["mismatched_keys"]]
     faults = [
         f"{verb} {shortened(sorted(names))}"
-        for verb, names in (("lacks", report["missing_keys"]), ("holds the unknown", extra), ("holds", wrong))
+        for verb, names in (
+            ("lacks", report["missing_keys"]),
+            ("holds the unknown", report["unexpected_keys"]),
+            ("holds", wrong),
+        )
         if names
     ]
     if faults:

@@ -1,12 +1,13 @@
 """What a Hugging Face folder says of its vision transformer, without building it."""
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+
+from flamingo_dist.models.vision.files import read_json
 
 ViTName = Literal["clip", "siglip", "dinov2"]
 MODEL_TYPES = {
@@ -64,7 +65,8 @@ def vit_config(name: ViTName, folder: str) -> Any:
         FileNotFoundError: the folder has no `config.json`.
         ValueError: it holds another kind of model.
     """
-    kind = _read_json(folder, "config.json").get("model_type")
+    stated = _read_json(folder, "config.json")
+    kind = stated.get("model_type")
     if kind not in MODEL_TYPES[name]:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}; the vision encoder {name!r} takes "
@@ -75,11 +77,13 @@ def vit_config(name: ViTName, folder: str) -> Any:
         "siglip": transformers.SiglipVisionConfig,
         "dinov2": transformers.Dinov2Config,
     }[name]
-    return config_class.from_pretrained(folder, local_files_only=True)
+    return config_class.from_dict(stated.get("vision_config", stated))
 
 
 def vit_shape(name: ViTName, folder: str) -> ViTShape:
-    """Read the shape and the normalisation of the vision transformer in a local Hugging Face folder.
+    """Read the shape and the normalisation of the vision transformer in a Hugging Face folder at any fsspec URL.
+
+    A remote folder is read once a process.
 
     Raises:
         FileNotFoundError: a configuration file is not there.
@@ -115,9 +119,8 @@ def _vit_shape(name: ViTName, folder: str, _stamp: tuple[int, ...]) -> ViTShape:
 
 def _normalisation(folder: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and standard deviation of pixels from 0 to 255, as the folder's image processor normalises."""
-    if (Path(folder) / "preprocessor_config.json").is_file():
-        said = _read_json(folder, "preprocessor_config.json")
-    else:  # transformers 5 saves a processor's parts in one file
+    said = read_json(folder, "preprocessor_config.json")
+    if said is None:  # transformers 5 saves a processor's parts in one file
         said = _read_json(folder, "processor_config.json", instead_of="preprocessor_config.json").get(
             "image_processor", {}
         )
@@ -133,10 +136,10 @@ def _normalisation(folder: str) -> tuple[tuple[float, float, float], tuple[float
 
 
 def _read_json(folder: str, name: str, *, instead_of: str | None = None) -> dict[str, Any]:
-    path = Path(folder) / name
-    if not path.is_file():
+    held = read_json(folder, name)
+    if held is None:
         raise FileNotFoundError(
-            f"no {instead_of or name} in {folder!r}: `weights` is a local Hugging Face folder with config.json, "
-            "preprocessor_config.json and safetensors."
+            f"no {instead_of or name} in {folder!r}: `weights` is a Hugging Face folder, local or at any fsspec URL, "
+            "with config.json, preprocessor_config.json and safetensors."
         )
-    return json.loads(path.read_text())
+    return held

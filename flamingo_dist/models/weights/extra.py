@@ -29,11 +29,11 @@ def extra_start(source: WeightSource, config: LMConfig, *, head: bool) -> tuple[
 
     Args:
         source: the published weights.
-        config: the LM; its `extra_like` names rows to start from, None is the mean row.
+        config: the LM; its `extra_like` names rows to start from, None is the mean row; further tokens start there too.
         head: whether the rows are the head's.
 
     Returns:
-        fp32 [2, D], and the mean over channels of the rows' standard deviation.
+        fp32 [X, D], X its `extra_tokens`, and the mean over channels of the rows' standard deviation.
     """
     piece = embedding_piece(config, head=head)
     rows = min(piece.rows, MOST_ROWS)
@@ -42,7 +42,7 @@ def extra_start(source: WeightSource, config: LMConfig, *, head: bool) -> tuple[
     moments = reduce(_join, (_moments(block.float()) for block in blocks))
     start = [
         moments.mean_D if like is None else piece.read(source, slice(like, like + 1))[0].float()
-        for like in config.extra_like
+        for like in (*config.extra_like, *(None,) * config.further_tokens)
     ]
     return torch.stack(start), float(moments.std_D.mean())
 

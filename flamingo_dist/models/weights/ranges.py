@@ -1,5 +1,6 @@
 """Byte ranges of one file on any fsspec file system, tried again when the storage stumbles."""
 
+import io
 import os
 import time
 from typing import IO, Any
@@ -13,6 +14,8 @@ LOCAL_GAP = 4096
 """Bytes between two wanted pieces of a local file that are read with them: a page."""
 REMOTE_GAP = 1 << 20
 """The same of a remote file: a request costs about as much as a megabyte."""
+STREAM_BYTES = 8 << 20
+"""What is asked for at once of a file that is read from its beginning to its end."""
 
 
 def join_url(folder: str, name: str) -> str:
@@ -20,26 +23,62 @@ def join_url(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def list_names(folder: str, ending: str) -> list[str]:
+    """Return the names in `folder`, any fsspec URL, that end in `ending`; none where the storage cannot list."""
+    fs, path = fsspec.core.url_to_fs(folder)
+    try:
+        found = fs.ls(path, detail=False)
+    except Exception:  # web servers and their library have errors of many kinds
+        return []
+    return sorted({name.rsplit("/", 1)[-1] for name in found if name.endswith(ending)})
+
+
 class RangeFile:
     """A file that is read in ranges. Counts what it reads."""
 
-    def __init__(self, url: str) -> None:
-        """Take the file at `url`, which may be a plain path; nothing is read yet."""
+    def __init__(self, url: str, *, attempts: int | None = None) -> None:
+        """Take a file; nothing is read yet.
+
+        Args:
+            url: any fsspec URL, or a plain path.
+            attempts: times that a read is tried; None is `ATTEMPTS`.
+        """
         self.url = url
         self.bytes_read = 0
+        self.attempts = ATTEMPTS if attempts is None else attempts
         self._fs, self._path = fsspec.core.url_to_fs(url)
         self._local: IO[bytes] | None = None
-        self._is_local = isinstance(self._fs, LocalFileSystem)
-        self.max_gap = LOCAL_GAP if self._is_local else REMOTE_GAP
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.max_gap = LOCAL_GAP if self.is_local else REMOTE_GAP
 
     def exists(self) -> bool:
         """Return whether the file is there."""
         try:
             # Asked for existence, fsspec's web file system begins to fetch the whole file.
             self._tried(lambda: self._fs.cat_file(self._path, start=0, end=1))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return False
         return True
+
+    def size(self) -> int:
+        """Return the file's size in bytes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the storage does not say.
+        """
+        size = self._tried(lambda: self._fs.size(self._path))
+        if size is None:
+            raise OSError(f"{self.url}: the storage does not say how large it is.")
+        return int(size)
+
+    def opened(self) -> io.BufferedReader:
+        """Return the file for reading and seeking; what is asked for comes in ranges, each tried again by itself.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return io.BufferedReader(_Stream(self, self.size()), STREAM_BYTES)
 
     def read_all(self) -> bytes:
         """Return the whole of a small file.
@@ -61,7 +100,7 @@ class RangeFile:
         size = len(buffer)
 
         def attempt() -> None:
-            if self._is_local:
+            if self.is_local:
                 got = self._read_local(buffer, start)
             else:
                 blob = self._fs.cat_file(self._path, start=start, end=start + size)
@@ -85,15 +124,52 @@ class RangeFile:
 
     def _tried(self, call: Any) -> Any:
         """Call until it succeeds; network libraries have errors of many kinds."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, self.attempts + 1):
             try:
                 return call()
-            except _FINAL:
-                raise
             except Exception as error:
-                if attempt == ATTEMPTS:
+                if isinstance(error, _FINAL) and not _is_busy_server(error):
+                    raise
+                if attempt == self.attempts:
                     raise OSError(
                         f"{self.url}, {attempt} attempts: {type(error).__name__}: {error}"
                     ) from error
             time.sleep(0.1 * 2 ** (attempt - 1))
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _is_busy_server(error: Exception) -> bool:
+    """Return whether fsspec's web file system calls "not found" what its cause says is something else."""
+    cause = error.__cause__
+    return type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410)
+
+
+class _Stream(io.RawIOBase):
+    """A `RangeFile` with a position."""
+
+    def __init__(self, file: RangeFile, size: int) -> None:
+        self._file, self._size, self._at = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._size - self._at))
+        # In pieces, so that what a remote read returns is never large.
+        for start in range(0, wanted, STREAM_BYTES):
+            piece = view[start : min(start + STREAM_BYTES, wanted)]
+            self._file.read_into(piece, self._at + start)
+        self._at += wanted
+        return wanted

@@ -1,6 +1,6 @@
 """What weights are read from: named tensors, of which a slice can be had."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +16,15 @@ class WeightSource(Protocol):
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """Return the slice `[rows, columns]` (or `[rows]` of a vector) of the tensor `name`."""
+
+
+Opening = Callable[[Callable[[], WeightSource]], WeightSource]
+"""Opens a source by the given function: for this process alone, or so that one of several reads and hands on."""
+
+
+def opened_here(open_source: Callable[[], WeightSource]) -> WeightSource:
+    """Open a source for this process alone."""
+    return open_source()
 
 
 class RenamedSource:

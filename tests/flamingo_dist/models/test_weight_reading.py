@@ -1,6 +1,8 @@
 """Slices of safetensors from local files, memory and a web server: values, bytes read, memory held, errors."""
 
 import json
+import math
+import os
 import re
 import shutil
 import struct
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,13 +45,19 @@ def saved(tmp_path_factory):
 def test_slices_equal_the_whole_tensor(tmp_path, monkeypatch, max_gap):
     monkeypatch.setattr("flamingo_dist.models.weights.safetensors.BLOCK_BYTES", 100)
     whole = torch.arange(13 * 11).view(13, 11)
-    save_file(
-        {"m": whole.bfloat16(), "v": torch.arange(9.0), "d": whole.double()}, tmp_path / "model.safetensors"
-    )
+    conv, counter = torch.arange(5.0 * 6 * 3 * 3).view(5, 6, 3, 3), torch.arange(7)
+    stored = {"m": whole.bfloat16(), "v": torch.arange(9.0), "d": whole.double(), "conv": conv}
+    stored |= {"one": torch.tensor(2.5), "none": torch.zeros(0, 3), "counter": counter}
+    save_file(stored, tmp_path / "model.safetensors")
     source = SafetensorsSource(str(tmp_path))
     for file in source.files.values():
         file.max_gap = max_gap
-    assert source.shapes() == {"m": (13, 11), "v": (9,), "d": (13, 11)}
+    assert source.shapes() == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    for name in ("one", "none", "conv", "v"):
+        assert torch.equal(source.read(name), stored[name])
+    assert torch.equal(source.read("conv", slice(1, 4), slice(2, 5)), conv[1:4, 2:5])
+    with pytest.raises(ValueError, match="tensor counter is stored as I64; weights are read from F64"):
+        source.read("counter")
     for rows in (slice(None), slice(3, 7), slice(12, 13), slice(11, 20), slice(5, 5)):
         torch.testing.assert_close(source.read("v", rows), torch.arange(9.0)[rows])
         for columns in (slice(None), slice(0, 5), slice(4, 9), slice(10, 11)):
@@ -109,22 +118,26 @@ def fill_over_http(topology: Topology, url: str, name: str) -> tuple[int, dict[s
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2)])
-def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, world, tensor):
+@pytest.mark.parametrize(("family", "world", "tensor"), [("llama", 4, 2), ("gpt2", 4, 2)])
+def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, family, world, tensor):
+    """GPT-2's matrices are stored transposed: what is cut by rows are columns there, and the other way round."""
     folder, models = saved
-    (file,) = (folder / "llama").glob("*.safetensors")
+    (file,) = (folder / family).glob("*.safetensors")
     with torch.no_grad():
-        expected = models["llama"](TOKENS).logits
+        expected = models[family](TOKENS).logits
     with flaky_server(folder, share=0.0) as server:
-        found = ranks.run(fill_over_http, server.url, "llama", world=world, tensor=tensor)
+        found = ranks.run(fill_over_http, server.url, family, world=world, tensor=tensor)
         sent = server.bytes_sent
     for _, result in found:
         torch.testing.assert_close(result["logits"], expected, atol=1e-4, rtol=0)
     size = file.stat().st_size
-    headers = size - 4 * sum(p.numel() for p in models["llama"].parameters())
-    config, norms = (folder / "llama" / "config.json").stat().st_size, 5 * 48 * 4
+    headers = size - 4 * sum(p.numel() for p in models[family].parameters())
+    config = (folder / family / "config.json").stat().st_size
+    layout = lm_layout(read_lm_config(str(folder / family)))
+    whole = [layout.stored[cut.pieces[0].name] for cut in layout.cuts.values() if cut.how == "whole"]
+    norms = 4 * sum(math.prod(shape) for shape in whole)
     # All ranks read headers, config.json and a byte to see whether the file is there; every weight is read once,
-    # norms by each tensor-parallel rank.
+    # norms and what else is not cut by each tensor-parallel rank.
     assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (config + 1)
     assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
 
@@ -206,22 +219,79 @@ def test_damaged_files_are_named(saved, tmp_path):
     shutil.copytree(folder / "opt", tmp_path / "opt")
     config, file = read_lm_config(str(tmp_path / "opt")), tmp_path / "opt" / "model.safetensors"
     whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    source = open_lm_weights(config)
-    last = max(source._tensors.items(), key=lambda item: item[1].start)[0]
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("flamingo_dist.models.weights.ranges.ATTEMPTS", 1)
-    with monkey.context(), pytest.raises(OSError, match=r"model.safetensors.* of \d+ bytes .*cut off"):
-        source.read(last)
-    monkey.undo()
-    file.write_bytes(struct.pack("<Q", 1 << 60) + whole[8:])
-    with pytest.raises(ValueError, match="no safetensors file"):
-        open_lm_weights(config)
+    (header,) = struct.unpack("<Q", whole[:8])
+    stated = json.loads(whole[8 : 8 + header])
+    stated["model.decoder.final_layer_norm.bias"]["data_offsets"][1] -= 4
+    moved = json.dumps(stated, separators=(",", ":")).encode().ljust(header)
+    for damaged, says in {
+        whole[:-100]: "cut off or damaged: it has",
+        whole + b"0": "cut off or damaged: it has",
+        whole[:50]: "cut off: it has 50 bytes",
+        whole[:5]: "no safetensors file",
+        struct.pack("<Q", 1 << 60) + whole[8:]: "no safetensors file",
+        whole[:8] + b"x" * header + whole[8 + header :]: "cannot be read as safetensors: JSONDecodeError",
+        whole[:8] + moved + whole[8 + header :]: "its header puts tensor",
+    }.items():
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"model.safetensors .*{says}"):
+            open_lm_weights(config)
     file.unlink()
     with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
         open_lm_weights(config)
     with pytest.raises(ValueError, match=r"nowhere has no config.json"):
         read_lm_config(str(tmp_path / "nowhere"))
+
+
+def test_a_remote_file_that_is_cut_off_is_seen_when_asked_or_read(tmp_path):
+    """Its header is whole, and whether it is there to its end would cost every rank a request."""
+    save_file({"w": torch.arange(100.0)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-40])
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/cut-test/model.safetensors", whole[:-40])
+    with flaky_server(tmp_path, share=0.0) as server:
+        for url in ("memory://cut-test", server.url):
+            source = SafetensorsSource(url, attempts=1)
+            with pytest.raises(ValueError, match=rf"cut off or damaged: it has {len(whole) - 40} bytes"):
+                source.check_whole()
+            with pytest.raises(OSError, match=r"model.safetensors gave 360 of 400 bytes .*cut off"):
+                source.read("w")
+    with pytest.raises(ValueError, match=r"model.safetensors is cut off or damaged"):
+        SafetensorsSource(str(tmp_path))
+
+
+def test_folders_of_other_names_and_files_that_hold_the_same(tmp_path):
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{tmp_path}/", "/names-test/", recursive=True)
+    for url in (str(tmp_path), "memory://names-test"):
+        assert SafetensorsSource(url).shapes() == {"a": (2,), "b": (2,)}
+    save_file({"a": torch.ones(2)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"tensor a is in both .*a.safetensors and .*b.safetensors"):
+        SafetensorsSource(str(tmp_path))
+    index = {"weight_map": {"a": "a.safetensors", "x": "gone.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"gone.safetensors is not there"):
+        SafetensorsSource(str(tmp_path))
+
+
+def test_a_file_is_read_as_a_stream_from_a_server_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("flamingo_dist.models.weights.ranges.STREAM_BYTES", 1000)
+    whole = np.random.default_rng(0).bytes(10_000)
+    (tmp_path / "file").write_bytes(whole)
+    with flaky_server(tmp_path, share=0.3, faults=("503", "reset", "cut")) as server:
+        stream = RangeFile(f"{server.url}/file").opened()
+        assert stream.read(10) + stream.read() == whole
+        assert stream.read(1) == b""
+        stream.seek(-20, os.SEEK_END)
+        assert stream.read() == whole[-20:]
+        stream.seek(7)
+        stream.seek(3, os.SEEK_CUR)
+        assert stream.read(4) == whole[10:14]
+        assert server.met["503"] > 0
+        with pytest.raises(FileNotFoundError):
+            RangeFile(f"{server.url}/none").opened()
 
 
 def test_a_server_without_ranges_is_sliced(tmp_path):

@@ -26,6 +26,7 @@ from jobs.doctor.node import from_lines, to_lines
 from jobs.doctor.report import GPUFacts, NodeReport
 from jobs.recipes.large import flamingo_9b, flamingo_80b
 from jobs.recipes.smoke import prepare_smoke, smoke
+from tests.data_pipeline.servers import flaky_server
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -213,6 +214,8 @@ def test_weights_that_are_whole_cut_or_not_there(tmp_path):
     assert say(tmp_path / "none.gguf")[0] == "fail"
     for name in ("a", "b"):
         save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / f"{name}.safetensors")
+    assert "tensor w is in both" in say(tmp_path)[1]
+    save_file({"x": np.zeros((8, 8), np.float32)}, tmp_path / "b.safetensors")
     index = {"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert say(tmp_path)[0] == "ok"
@@ -220,9 +223,28 @@ def test_weights_that_are_whole_cut_or_not_there(tmp_path):
     os.truncate(cut, cut.stat().st_size - 1)
     assert "cut off" in say(tmp_path)[1]
     cut.unlink()
-    assert "lists a.safetensors, not there" in say(tmp_path)[1]
+    assert "a.safetensors is not there" in say(tmp_path)[1]
     (tmp_path / "x.gguf").write_bytes(b"<html>")
     assert "no GGUF file" in say(tmp_path / "x.gguf")[1]
+
+
+def test_weights_on_a_server_that_lists_nothing(tmp_path):
+    for name in ("clip", "single"):
+        (tmp_path / name).mkdir()
+        save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "F6_haiku.npz").write_bytes(b"x" * 100)
+    with flaky_server(tmp_path, share=0.0) as server:
+
+        def say(name: str) -> tuple[str, str]:
+            finding = data.check_weights("vision weights", f"{server.url}/{name}")
+            return finding.level, finding.says
+
+        assert {say(n)[0] for n in ("clip", "clip/", "single/model.safetensors", "F6_haiku.npz")} == {"ok"}
+        cut = tmp_path / "clip" / "model.safetensors"
+        os.truncate(cut, cut.stat().st_size - 1)
+        assert "cut off" in say("clip")[1]
+        for name in ("none", "none.npz", "none.safetensors"):
+            assert say(name)[0] == "fail"
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange.folder import read_network_config
-from flamingo_dist.models.exchange.tensors import TensorFolder
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
 from flamingo_dist.training.build import build_model
 from flamingo_dist.training.checkpoint import CheckpointWriter
@@ -107,7 +107,7 @@ def test_files_are_cut_and_indexed_as_hugging_face_does(exported):
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
-    assert index["weight_map"].keys() == TensorFolder(exported).shapes().keys()
+    assert index["weight_map"].keys() == SafetensorsSource(str(exported)).shapes().keys()
 
 
 def test_the_card_says_what_it_is(exported):
@@ -127,7 +127,7 @@ def test_a_checkpoint_and_an_exported_folder_can_be_exported_too(run, exported, 
     checkpoint = run[0] / "checkpoints" / f"step-{STEPS:08d}"
     for number, source in enumerate((checkpoint, exported)):
         again = export_network(ExportArguments(source=str(source), folder=str(tmp_path / str(number))))
-        first, second = TensorFolder(exported), TensorFolder(again)
+        first, second = SafetensorsSource(str(exported)), SafetensorsSource(str(again))
         assert first.shapes() == second.shapes()
         assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes())
 

@@ -15,11 +15,13 @@ from transformers import (
     IdeficsForVisionText2Text,
 )
 
+from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange import idefics
 from flamingo_dist.models.exchange.folder import read_network_config
-from flamingo_dist.models.exchange.tensors import TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import write_tensors
 from flamingo_dist.models.exchange.vision_tower import Tower, tower_of
 from flamingo_dist.models.vision import VisionConfig
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from jobs.exchange import (
     ExportArguments,
@@ -28,6 +30,7 @@ from jobs.exchange import (
     idefics_tensors,
     import_network,
 )
+from jobs.held_out import prompt_ids
 from jobs.network_source import Network
 from tests.jobs.exchange.exchanging import build, logits, logits_of, logits_of_ranks, rewrite
 
@@ -119,7 +122,7 @@ def their_logits(model, tokens, index, pixels) -> torch.Tensor:
         image_attention_mask=attends,
         use_cache=False,
     ).logits
-    return torch.cat([out[..., :VOCAB], out[..., VOCAB:].flip(-1)], -1)
+    return torch.cat([out[..., :VOCAB], out[..., VOCAB : VOCAB + 2].flip(-1), out[..., VOCAB + 2 :]], -1)
 
 
 @torch.no_grad()
@@ -164,6 +167,83 @@ def test_other_options(tmp_path, inputs, options):
     )
 
 
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """An instruct model as it is published: a third additional token, `<end_of_utterance>`, and its tokenizer's ids."""
+    folder = tmp_path_factory.mktemp("instruct")
+    model = random_idefics(additional_vocab_size=3)
+    model.save_pretrained(folder / "hub")
+    names = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+    added = [{"content": name, "id": VOCAB + number, "special": True} for number, name in enumerate(names)]
+    (folder / "hub" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    ours = import_network(ImportArguments(source=str(folder / "hub"), folder=str(folder / "ours")))
+    return model, folder / "hub", ours
+
+
+@pytest.fixture
+def dialogue(inputs):
+    """Inputs that hold all three additional tokens."""
+    tokens, index, pixels = inputs
+    tokens = tokens.clone()
+    tokens[:, 7] = VOCAB + 2
+    return tokens, index, pixels
+
+
+def test_an_instruct_model_has_a_further_token(instruct, dialogue, tmp_path):
+    model, _, ours = instruct
+    tokens, index, pixels = dialogue
+    expected = their_logits(model, *dialogue)
+    found = logits(ours, tokens, index, their_features(model, pixels))
+    assert found.shape[-1] == VOCAB + 3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    config = read_network_config(ours, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    assert config.lm.further_tokens == 1
+    back = export_network(ExportArguments(source=str(ours), folder=str(tmp_path / "back"), to="idefics"))
+    assert json.loads((back / "config.json").read_text())["additional_vocab_size"] == 3
+    again = AutoModelForImageTextToText.from_pretrained(back).eval()
+    torch.testing.assert_close(their_logits(again, *dialogue), expected, atol=0, rtol=0)
+
+
+@pytest.mark.distributed
+def test_two_tensor_parallel_ranks_hold_a_further_token(ranks, instruct, dialogue):
+    model, _, ours = instruct
+    tokens, index, pixels = dialogue
+    given = (tokens, index, their_features(model, pixels))
+    for found in ranks.run(logits_of_ranks, str(ours), *given, world=2, tensor=2):
+        torch.testing.assert_close(found, their_logits(model, *dialogue), atol=1e-5, rtol=1e-5)
+
+
+def test_a_further_token_is_a_target_and_ends_what_is_generated(instruct, dialogue):
+    model, _, ours = instruct
+    tokens, index, pixels = dialogue
+    with single_process() as topology, torch.no_grad():
+        network = build(ours, topology, width=FEATURES)
+        features = their_features(model, pixels)[:, :, None]
+        targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+        found = network(
+            tokens, index, features, torch.ones(2, 2, dtype=torch.bool), targets_BT=targets
+        ).nll_BT
+    assert network.resampler.latents.requires_grad
+    assert network.lm.vocabulary.extra.weight.shape == (3, WIDTH)
+    expected = torch.nn.functional.cross_entropy(
+        their_logits(model, *dialogue).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
+    )
+    torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=1e-5)
+    ids = prompt_ids(TokenizerConfig(kind="bytes").load(), network.config.lm)
+    assert ids.stop_ids[-1] == VOCAB + 2
+
+
+def test_a_tokenizer_of_another_order_is_refused(instruct, tmp_path):
+    _, hub, _ = instruct
+    shutil.copytree(hub, tmp_path / "hub")
+    file = tmp_path / "hub" / "tokenizer.json"
+    file.write_text(file.read_text().replace(f'"id": {VOCAB + 1},', f'"id": {VOCAB + 7},'))
+    with pytest.raises(
+        ValueError, match=f"<image> is token {VOCAB + 7}; in IDEFICS' layout it is {VOCAB + 1}"
+    ):
+        import_network(ImportArguments(source=str(tmp_path / "hub"), folder=str(tmp_path / "ours")))
+
+
 def test_the_tower_is_a_clip_vision_model(theirs, imported, inputs):
     pixels = inputs[2]
     model, report = CLIPVisionModel.from_pretrained(imported / "vision", output_loading_info=True)
@@ -196,7 +276,7 @@ def test_the_command_exports_what_transformers_loads(theirs, imported, inputs, t
 def tower(imported) -> Tower:
     return Tower(
         stated={**TOWER, "hidden_act": "gelu"},
-        source=TensorFolder(imported / "vision"),
+        source=SafetensorsSource(str(imported / "vision")),
         prefix="vision_model.",
     )
 
@@ -263,7 +343,10 @@ def test_what_idefics_has_not_is_named(imported, part, option, value, says):
     ("options", "says"),
     [
         ({"use_resampler": False}, "use_resampler=False has no counterpart"),
-        ({"additional_vocab_size": 3}, "additional_vocab_size=3 has no counterpart"),
+        (
+            {"additional_vocab_size": 1},
+            "additional_vocab_size=1 has no counterpart here; it must be 0, or 2 or more",
+        ),
         ({"cross_layer_interval": 3}, "cross_layer_interval=3 has no counterpart"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' has no counterpart"),
     ],

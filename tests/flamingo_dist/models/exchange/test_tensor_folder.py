@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flamingo_dist.models.exchange.rules import Rule, absent, check_tensors, same, stacked, their_shapes
-from flamingo_dist.models.exchange.tensors import TensorFolder, write_tensors
+from flamingo_dist.models.exchange.tensors import read_slice, write_tensors
 from flamingo_dist.models.init import ParamTag
+from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -19,7 +20,7 @@ def test_a_rank_reads_its_slice(tmp_path, dim, stride, tp_size):
         expected = [torch.cat([part[r] for part in cut], dim=dim) for r in range(tp_size)]
     tag = ParamTag(partition_dim=dim, stride=stride)
     for rank in range(tp_size):
-        found = TensorFolder(tmp_path).read_slice("w", tag, tp_rank=rank, tp_size=tp_size)
+        found = read_slice(SafetensorsSource(str(tmp_path)), "w", tag, tp_rank=rank, tp_size=tp_size)
         assert torch.equal(found, expected[rank])
 
 
@@ -27,7 +28,7 @@ def test_rows_that_do_not_divide_leave_the_last_rank_fewer(tmp_path):
     whole = torch.arange(7.0)
     write_tensors(tmp_path, [("w", whole)])
     tag = ParamTag(partition_dim=0)
-    parts = [TensorFolder(tmp_path).read_slice("w", tag, tp_rank=r, tp_size=4) for r in range(4)]
+    parts = [read_slice(SafetensorsSource(str(tmp_path)), "w", tag, tp_rank=r, tp_size=4) for r in range(4)]
     assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6]]
 
 
@@ -37,7 +38,7 @@ def test_files_end_at_the_size_that_was_asked_for(tmp_path):
     assert [f.name for f in sorted(tmp_path.glob("*.safetensors"))] == [
         f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)
     ]
-    folder = TensorFolder(tmp_path)
+    folder = SafetensorsSource(str(tmp_path))
     assert all(torch.equal(folder.read(name), value) for name, value in tensors)
 
 

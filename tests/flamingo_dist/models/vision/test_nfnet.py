@@ -143,8 +143,13 @@ def test_standardised_weights_have_mean_zero_and_the_gain_as_norm() -> None:
     assert standardised(torch.ones(1, 2, 1, 1), torch.ones(1)).abs().max() < 1e-12, "no division by zero"
 
 
+def pickled(path: Path) -> Arrays:
+    with path.open("rb") as file:
+        return read_pickle(file, str(path))
+
+
 def test_a_pickle_by_dill_itself_is_read() -> None:
-    found = read_pickle(PICKLED)
+    found = pickled(PICKLED)
     assert len(found) == 16
     for name, value in found.items():
         np.testing.assert_array_equal(value, haiku_arrays()[name])
@@ -192,13 +197,13 @@ def test_arrays_of_every_protocol_order_and_endianness(tmp_path: Path, protocol:
         "empty": np.zeros((0, 2), np.float32),
     }
     (tmp_path / "a").write_bytes(pickle.dumps({"m": arrays}, protocol=protocol))
-    found = read_pickle(tmp_path / "a")
+    found = pickled(tmp_path / "a")
     for name, value in arrays.items():
         np.testing.assert_array_equal(found[f"m/{name}"], value)
     whole = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="no pickle of numpy arrays alone"):
-        read_pickle(tmp_path / "a")
+        pickled(tmp_path / "a")
 
 
 def lacking(arrays: Arrays) -> None:

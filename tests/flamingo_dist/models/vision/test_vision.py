@@ -221,7 +221,7 @@ def test_tiny_geometry_follows_the_configuration() -> None:
         ({"name": "efficientnet-lite0", "image_size": 64}, "give a path"),
         ({"weights": "w.pth"}, "for tiny: it has none"),
         ({"name": "nfnet-f6", "image_size": 300}, "multiple of 32"),
-        ({"name": "clip"}, "give a local Hugging Face folder"),
+        ({"name": "clip"}, "give a Hugging Face folder"),
         ({"name": "nfnet-f6", "class_token": True}, "they are for clip, siglip, dinov2"),
         ({"final_norm": False}, "they are for clip, siglip, dinov2"),
         ({"name": "siglip", "weights": "w", "class_token": True}, "class_token True for siglip: it has none"),
