@@ -31,7 +31,7 @@ from tests.data_pipeline.servers import flaky_server
 pytestmark = pytest.mark.distributed
 BYTES = TokenizerConfig()
 RANKS, PREFETCH = 2, 3
-EPOCH = 60_000
+EPOCH = 100_000
 """Samples of the long test: some minutes, so that 200 restarts of two seconds are not most of it."""
 SETTINGS = ReaderConfig(readers=3, cpus_per_reader=0.4, prefetch=PREFETCH, retries=50, timeout_s=240)
 
@@ -178,7 +178,7 @@ def test_two_hundred_kills(ray_cluster: None, tmp_path: Path) -> None:
         # One reader more than two cores keep busy: it works on while another starts.
         spent = chaos(config, EPOCH, 200, replace(SETTINGS, readers=4))
     finally:
-        shutil.rmtree(tmp_path / "corpus")  # six gigabytes
+        shutil.rmtree(tmp_path / "corpus")  # ten gigabytes
     for name, (calm, wild) in spent.items():
         print(
             f"{EPOCH:,} samples, {name}: {calm:.1f} s in peace, {wild:.1f} s with 200 kills: {wild / calm:.2f}"
