@@ -18,6 +18,7 @@ from flamingo_dist.models.attention import KeyValueCache
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
 from flamingo_dist.models.lm import BlockInputs, LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.ranges import part
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
@@ -204,7 +205,8 @@ class Flamingo(nn.Module):
                 "segments_BT with a cache: packed rows are for training; generate from one sample a row."
             )
         offset = 0 if cache is None else cache.length
-        x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
+        with part("frozen LM"):
+            x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
         blocks = self._gated_blocks()
         with self.lm.caching(cache):
             for i, layer in enumerate(self.lm.layers):
@@ -228,11 +230,11 @@ class Flamingo(nn.Module):
                     x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
-        if targets_BT is None:
-            logits = self.lm.vocabulary(x_BTD, as_head=True)
-            return FlamingoOutput(logits_BTV=logits, nll_BT=None, latents_BMRE=latents_BMRE)
-        return FlamingoOutput(logits_BTV=None, nll_BT=self._nll(x_BTD, targets_BT), latents_BMRE=latents_BMRE)
+        with part("loss"):
+            x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
+            logits = self.lm.vocabulary(x_BTD, as_head=True) if targets_BT is None else None
+            nll = None if targets_BT is None else self._nll(x_BTD, targets_BT)
+        return FlamingoOutput(logits_BTV=logits, nll_BT=nll, latents_BMRE=latents_BMRE)
 
     def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""
@@ -253,7 +255,8 @@ class Flamingo(nn.Module):
         features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
         # By the same name: the encoder's fp32 features would else stand beside all that the resampler keeps.
         features_NFSC = features_NFSC.to(self.dtype)
-        latents_NRE = self.resampler(features_NFSC)
+        with part("resampler"):
+            latents_NRE = self.resampler(features_NFSC)
         batch, num_media = media_mask_BM.shape
         full = latents_NRE.new_zeros(batch * num_media, *latents_NRE.shape[1:])
         return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))
@@ -262,8 +265,9 @@ class Flamingo(nn.Module):
     def _encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
         """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time."""
         frames = pixels_NF3HW.flatten(0, 1)
-        parts = [self.vision(part) for part in frames.split(self.config.vision_batch)]
-        return torch.cat(parts).unflatten(0, pixels_NF3HW.shape[:2])
+        with part("vision encoder"):
+            encoded = [self.vision(few) for few in frames.split(self.config.vision_batch)]
+            return torch.cat(encoded).unflatten(0, pixels_NF3HW.shape[:2])
 
 
 def _run_block(
@@ -277,5 +281,7 @@ def _run_block(
 ) -> Tensor:
     """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
     if gated is not None:
-        x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
-    return run_layer(layer, x_TBD, inputs)
+        with part("gated blocks"):
+            x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
+    with part("frozen LM"):
+        return run_layer(layer, x_TBD, inputs)

@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
+    step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
+    step.add_argument(
+        "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
+    )
     losses = _command(commands, "losses", _losses, "short training run against the CPU's references")
     losses.add_argument("--steps", type=int, default=5, help="default: 5")
     written = commands.add_parser("page", help="write the page from results")
@@ -169,14 +173,23 @@ def _step(given: argparse.Namespace) -> int:
     _need_megatron()
     from jobs.bench.step import StepConfig, lines, run_step
 
-    results = run_step(
-        StepConfig(
-            device=device, networks=given.networks, tiny=given.tiny, layers=given.layers, rows=given.rows
-        )
+    config = StepConfig(
+        device=device,
+        networks=given.networks,
+        tiny=given.tiny,
+        layers=given.layers,
+        rows=given.rows,
+        pixels=given.pixels,
+        profile=given.out if given.profile else None,
     )
-    rows.write_json(results, given.out / "step.json")
-    for line in lines(results.rows):
-        print(line, flush=True)
+    path = given.out / ("step-pixels.json" if given.pixels else "step.json")
+
+    def after_row(results: rows.Results) -> None:
+        rows.write_json(results, path)
+        for line in lines(results.rows[-1:]):
+            print(line, flush=True)
+
+    results = run_step(config, after_row)
     return 1 if any(row.status == "refused" for row in results.rows) else 0
 
 

@@ -162,6 +162,12 @@ def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
     )
 
 
+def with_encoder(config: FlamingoConfig) -> FlamingoConfig:
+    """Return `config` with the paper's encoder, NFNet-F6 in bf16 with random weights, in place of the stand-in."""
+    size = config.vision.image_size
+    return replace(config, vision=VisionConfig(name="nfnet-f6", image_size=size, dtype="bfloat16"))
+
+
 def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_init: float) -> FlamingoConfig:
     """Return `config` with the kernels' implementation and the initial gates set."""
     return replace(
