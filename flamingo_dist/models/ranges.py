@@ -12,6 +12,6 @@ _NOTHING = nullcontext()
 
 def part(name: Part) -> AbstractContextManager[object]:
     """Return a context whose body torch's profiler and NVTX tools show under `name`."""
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return _NOTHING

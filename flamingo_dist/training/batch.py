@@ -53,7 +53,9 @@ class TrainBatch:
 
     def pinned(self) -> "TrainBatch":
         """Return the batch in page-locked memory, from which a GPU copies without waiting."""
-        held = {name: None if value is None else value.pin_memory() for name, value in vars(self).items()}
+        held: dict[str, Any] = {
+            name: None if value is None else value.pin_memory() for name, value in vars(self).items()
+        }
         return replace(self, **held)
 
     def to(self, device: torch.device) -> "TrainBatch":

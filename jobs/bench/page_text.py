@@ -22,9 +22,9 @@ whole path, from the checks to a page, to test the benchmark itself. Results are
 
 `flamingo bench step --profile` runs torch's profiler over three warm steps of each of our contenders and writes
 `profile.csv` and `profile.md` (time by part of the network, forward, backward and recomputation apart, and the 25 most
-expensive operators) and a Chrome trace each. The parts are ranges in the training code (`flamingo_dist.models.ranges`),
-which Nsight Systems shows too under `torch.autograd.profiler.emit_nvtx`; without a profiler they cost 0.1 us. `--pixels`
-sends images through NFNet-F6 instead of starting from features.
+expensive operators) and a Chrome trace each. The parts are ranges in the training code
+(`flamingo_dist.models.ranges`), which Nsight Systems shows too under `torch.autograd.profiler.emit_nvtx`; without a
+profiler they cost 0.1 us. `--pixels` sends images through NFNet-F6 instead of starting from features.
 """
 
 MEASURED = """
