@@ -83,7 +83,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         "-m",
         "modes",
     ]
-    profile = ["--networks", "3b", "--pixels", "--profile"]
+    profile = ["--networks", "3b", "--pixels", "--compiled", "--profile"]
     if dry:
         small = ["--device", "cpu", "--tiny", "--out", str(folder)]
         alone = {"OMP_NUM_THREADS": "1"}

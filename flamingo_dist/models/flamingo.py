@@ -4,7 +4,7 @@ Dimension letters: B batch, T text tokens, M media, F frames, S features of a fr
 R latents, E resampler width, D LM width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -22,6 +22,12 @@ from flamingo_dist.models.ranges import part
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
+
+RunLayer = Callable[[nn.Module, Tensor, BlockInputs], Tensor]
+"""Runs a decoder block on the stream, as `run_layer` does."""
+SHAPES = 64
+"""Variants of a compiled block at most: one for each shape of a data set's batch, two for each kind of an encoder's
+blocks. torch's own limit is 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,24 @@ class Flamingo(nn.Module):
             {str(i): GatedCrossAttentionBlock(config.gated, dtype=dtype) for i in config.gated_positions()}
         )
         self._gates_off = False
+        self._run_trained: RunLayer = run_layer
+        """Runs the blocks of the LM in training; elsewhere they stay as they are."""
+
+    def compile_frozen(self, backend: str = "inductor") -> None:
+        """Have torch.compile make kernels of frozen blocks: the LM's where gradients are wanted, and the encoder's.
+
+        All blocks of the LM share their code. Shapes of batches are constants of the data sets, so there is one
+        compilation for each. Generation and probes run the blocks as they are, so that they compile nothing. The
+        weights must be buffers (`parallel.zero.make_frozen_resident`): what ZeRO-3 gathers and frees around a block,
+        compiled code would keep.
+
+        Args:
+            backend: of torch.compile.
+        """
+        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+        # A graph break is an error: it would cost what compiling is to win, without a word.
+        self._run_trained = torch.compile(run_layer, backend=backend, fullgraph=True, dynamic=False)
+        self.vision.compile_blocks(backend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,6 +232,8 @@ class Flamingo(nn.Module):
         with part("frozen LM"):
             x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
         blocks = self._gated_blocks()
+        trained = torch.is_grad_enabled() and cache is None
+        run = self._run_trained if trained else run_layer
         with self.lm.caching(cache):
             for i, layer in enumerate(self.lm.layers):
                 gated = None if self._gates_off else blocks.get(i)
@@ -216,6 +242,7 @@ class Flamingo(nn.Module):
                     # The modules are arguments: a closure over the loop's variable would recompute the last block.
                     x_TBD = checkpoint(
                         _run_block,
+                        run,
                         gated,
                         layer,
                         x_TBD,
@@ -227,7 +254,9 @@ class Flamingo(nn.Module):
                         preserve_rng_state=False,
                     )
                 else:
-                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv)
+                    x_TBD = _run_block(
+                        run, gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv
+                    )
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         with part("loss"):
@@ -271,6 +300,7 @@ class Flamingo(nn.Module):
 
 
 def _run_block(
+    run: RunLayer,
     gated: GatedCrossAttentionBlock | None,
     layer: nn.Module,
     x_TBD: Tensor,
@@ -284,4 +314,4 @@ def _run_block(
         with part("gated blocks"):
             x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
     with part("frozen LM"):
-        return run_layer(layer, x_TBD, inputs)
+        return run(layer, x_TBD, inputs)

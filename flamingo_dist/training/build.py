@@ -87,6 +87,8 @@ def build_model(
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)
         model.to(world_device())
+    if parallel.compile_frozen:
+        model.compile_frozen()
     return model
 
 
@@ -95,7 +97,8 @@ def build_engine(
 ) -> Any:
     """Build the network, its optimizer and the DeepSpeed engine around them.
 
-    The order is fixed: freeze, tensor parallelism, activation checkpointing, weights, residency, optimizer, ZeRO.
+    The order is fixed: freeze, tensor parallelism, activation checkpointing, weights, residency, compilation,
+    optimizer, ZeRO.
     """
     init_deepspeed()
     ds_config = deepspeed_config(

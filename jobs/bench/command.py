@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
+    step.add_argument("--compiled", action="store_true", help="also with the frozen blocks compiled")
     step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
     step.add_argument(
         "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
@@ -180,6 +181,7 @@ def _step(given: argparse.Namespace) -> int:
         layers=given.layers,
         rows=given.rows,
         pixels=given.pixels,
+        compiled=given.compiled,
         profile=given.out if given.profile else None,
     )
     path = given.out / ("step-pixels.json" if given.pixels else "step.json")

@@ -24,7 +24,8 @@ whole path, from the checks to a page, to test the benchmark itself. Results are
 `profile.csv` and `profile.md` (time by part of the network, forward, backward and recomputation apart, and the 25 most
 expensive operators) and a Chrome trace each. The parts are ranges in the training code
 (`flamingo_dist.models.ranges`), which Nsight Systems shows too under `torch.autograd.profiler.emit_nvtx`; without a
-profiler they cost 0.1 us. `--pixels` sends images through NFNet-F6 instead of starting from features.
+profiler they cost 0.1 us. `--pixels` sends images through NFNet-F6 instead of starting from features; `--compiled` adds
+our step with the frozen blocks under torch.compile (`parallel.compile_frozen`).
 """
 
 MEASURED = """

@@ -39,6 +39,8 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative difference of the first loss between implementations; beyond it nothing is timed."""
 TINY = ("smoke", "smoke-idefics")
 """Networks of a machine without a GPU."""
+COMPILED = "frozen blocks compiled"
+"""With Triton where it can run, and torch.compile for what is frozen."""
 _OURS = ("reference", "triton")
 
 
@@ -62,6 +64,8 @@ class StepConfig:
     """Images of a sample, 100 features each."""
     pixels: bool = False
     """Images go through the paper's encoder, instead of ready features; not with IDEFICS' networks."""
+    compiled: bool = False
+    """Run a contender with compiled frozen blocks, too."""
     profile: Path | None = None
     """Folder for the profile of each of our steps; None makes none."""
 
@@ -123,7 +127,9 @@ def run_step(config: StepConfig, after_row: Callable[[Results], None] = lambda _
     lines: list[Line] = []
     with one_process(config.device):
         for name in config.chosen:
-            contenders = (*_OURS, idefics.NAME) if name in IDEFICS else _OURS
+            contenders = [*_OURS, *((idefics.NAME,) if name in IDEFICS else ())]
+            if config.compiled:
+                contenders.append(COMPILED)
             for row in _compare(config, name, contenders, clock, peak, lines):
                 results.rows.append(row)
                 after_row(results)
@@ -152,7 +158,7 @@ def _compare(
         difference = abs(loss - first) / abs(first)
         if difference <= AGREEMENT[config.dtype]:
             yield _timed(replace(blank, worst_error=difference), config, step, clock, peak)
-            if config.profile is not None and contender in _OURS:
+            if config.profile is not None and contender != idefics.NAME:
                 lines += profile_step(
                     step.fetch_and_run,
                     network=name,
@@ -178,7 +184,8 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
     size = config.size(model)
     sizes = f"layers={model.lm.num_layers} batch={size.rows} rows={size.length} images={size.media}"
     return Row(
-        level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender, ours=contender == "triton",
+        level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
+        ours=contender in ("triton", COMPILED),
         mode="step", dtype=str(config.dtype).removeprefix("torch."), status="left out",
     )  # fmt: skip
 
@@ -187,16 +194,21 @@ class _Step:
     """One optimizer step of a network on a batch that stays; a call returns the loss, 0-dim."""
 
     def __init__(self, config: StepConfig, name: str, contender: str) -> None:
-        if contender == "triton" and not can_launch(torch.empty(1, device=config.device)):
+        launches = can_launch(torch.empty(1, device=config.device))
+        if contender == "triton" and not launches:
             raise LeftOutError(
                 "Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start"
             )
         self.config = config.model(name)
         if contender in _OURS:
             self.config = with_implementation(self.config, contender, gate_init=0.5)
+        elif contender == COMPILED and launches:
+            self.config = with_implementation(self.config, "triton", gate_init=0.5)
         self.size = config.size(self.config)
         ours = build(self.config, config.dtype, config.device, seed=0)
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
+        if contender == COMPILED:
+            ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")
         batch = make_batch(self.config, self.size, seed=0)
         if self.size.features:
             batch = replace(batch, media=batch.media.to(config.dtype))

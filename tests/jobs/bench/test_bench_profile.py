@@ -76,12 +76,25 @@ def _range_of(event):
 
 def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-    given = ["step", "--device", "cpu", "--tiny", "--pixels", "--profile", "--out", str(tmp_path)]
+    given = [
+        "step",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--pixels",
+        "--compiled",
+        "--profile",
+        "--out",
+        str(tmp_path),
+    ]
     assert command.main(given) == 0
     rows = json.loads((tmp_path / "step-pixels.json").read_text())["rows"]
-    assert next((r["shape"], r["contender"], r["status"]) for r in rows) == ("smoke", "reference", "timed")
+    status = {r["contender"]: r["status"] for r in rows}
+    assert status == {"reference": "timed", "triton": "left out", "frozen blocks compiled": "timed"}
+    assert rows[2]["worst_error"] < 1e-5
     with (tmp_path / "profile.csv").open() as file:
         lines = list(csv.DictReader(file))
+    lines = [x for x in lines if x["contender"] == "reference"]
     named = {x["name"]: float(x["ms"]) for x in lines if x["kind"] == "part"}
     assert {"data", "vision encoder", "resampler", "gated blocks", "frozen LM", "loss", "optimizer"} <= set(
         named
@@ -91,7 +104,9 @@ def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     with gzip.open(tmp_path / "trace-smoke-reference.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"frozen LM", "vision encoder", "aten::mm"} <= names
-    assert "| frozen LM | backward |" in (tmp_path / "profile.md").read_text()
+    page = (tmp_path / "profile.md").read_text()
+    assert "## smoke, frozen blocks compiled" in page
+    assert page.count("| frozen LM | backward |") == 2, "the compiled blocks' backward is theirs"
 
 
 def test_pixels_are_refused_where_features_are_all_there_is(capsys):
