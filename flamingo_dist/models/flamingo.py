@@ -5,7 +5,7 @@ R latents, E resampler width, D LM width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttenti
 from flamingo_dist.models.lm import BlockInputs, LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.ranges import part
+from flamingo_dist.models.recompute import Keeper, Recompute
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from flamingo_dist.models.vocabulary import IGNORE
@@ -105,14 +106,14 @@ class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
     def __init__(
-        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: bool = False
+        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: Recompute = False
     ) -> None:
         """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
 
         Args:
             config: the network.
             dtype: parameters' dtype.
-            activation_checkpointing: recompute every LM block, with its gated block, in the backward pass.
+            activation_checkpointing: what of every LM block, with its gated block, the backward pass recomputes.
         """
         super().__init__()
         self.config = config
@@ -231,32 +232,8 @@ class Flamingo(nn.Module):
         offset = 0 if cache is None else cache.length
         with part("frozen LM"):
             x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
-        blocks = self._gated_blocks()
-        trained = torch.is_grad_enabled() and cache is None
-        run = self._run_trained if trained else run_layer
         with self.lm.caching(cache):
-            for i, layer in enumerate(self.lm.layers):
-                gated = None if self._gates_off else blocks.get(i)
-                media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    # The modules are arguments: a closure over the loop's variable would recompute the last block.
-                    x_TBD = checkpoint(
-                        _run_block,
-                        run,
-                        gated,
-                        layer,
-                        x_TBD,
-                        latents_BMRE,
-                        media_index_BT,
-                        inputs,
-                        media_kv,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                else:
-                    x_TBD = _run_block(
-                        run, gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv
-                    )
+            x_TBD = self._run_blocks(x_TBD, latents_BMRE, media_index_BT, inputs, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         with part("loss"):
@@ -264,6 +241,40 @@ class Flamingo(nn.Module):
             logits = self.lm.vocabulary(x_BTD, as_head=True) if targets_BT is None else None
             nll = None if targets_BT is None else self._nll(x_BTD, targets_BT)
         return FlamingoOutput(logits_BTV=logits, nll_BT=nll, latents_BMRE=latents_BMRE)
+
+    def _run_blocks(
+        self,
+        x_TBD: Tensor,
+        latents_BMRE: Tensor,
+        media_index_BT: Tensor,
+        inputs: BlockInputs,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Run all blocks on the stream x_TBD [T, B, D]; the others as in `forward`."""
+        blocks = self._gated_blocks()
+        run = self._run_trained if torch.is_grad_enabled() and cache is None else run_layer
+        for i, layer in enumerate(self.lm.layers):
+            gated = None if self._gates_off else blocks.get(i)
+            media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
+            rest = (latents_BMRE, media_index_BT, inputs, media_kv)
+            if not (self.activation_checkpointing and torch.is_grad_enabled()):
+                x_TBD = _run_block(run, gated, layer, None, x_TBD, *rest)
+                continue
+            selective = self.activation_checkpointing == "selective" and gated is not None
+            keeper = Keeper() if selective else None
+            # The modules are arguments: a closure over the loop's variable would recompute the last block.
+            x_TBD = checkpoint(
+                _run_block,
+                run,
+                gated,
+                layer,
+                keeper,
+                x_TBD,
+                *rest,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return x_TBD
 
     def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""
@@ -303,6 +314,7 @@ def _run_block(
     run: RunLayer,
     gated: GatedCrossAttentionBlock | None,
     layer: nn.Module,
+    keeper: Keeper | None,
     x_TBD: Tensor,
     latents_BMRE: Tensor,
     media_index_BT: Tensor,
@@ -311,7 +323,7 @@ def _run_block(
 ) -> Tensor:
     """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
     if gated is not None:
-        with part("gated blocks"):
+        with part("gated blocks"), keeper or nullcontext():
             x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
     with part("frozen LM"):
         return run(layer, x_TBD, inputs)

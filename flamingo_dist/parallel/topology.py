@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from flamingo_dist.models.recompute import Recompute
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -22,8 +24,9 @@ class ParallelConfig:
     frozen: Literal["resident", "partitioned"] = "resident"
     """Where frozen weights live: whole (per tensor-parallel slice) on every data-parallel rank, moving no
     byte in a step, or partitioned by ZeRO-3 and gathered layer by layer."""
-    activation_checkpointing: bool = False
-    """Recompute each LM block with its gated block in the backward pass instead of keeping activations."""
+    activation_checkpointing: Recompute = False
+    """Recompute each LM block with its gated block in the backward pass instead of keeping activations. "selective":
+    keep the results of the gated blocks' matrix products and attention, recompute the rest."""
     compile_frozen: bool = False
     """Run the frozen LM's blocks, in training, and the vision encoder's through torch.compile; needs resident frozen
     weights. The first step of each data set then waits for the compiler."""

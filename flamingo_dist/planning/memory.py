@@ -56,7 +56,7 @@ def gathered_bytes(work: Workload, *, tp: int, dp: int, residency: Residency) ->
     """
     if work.parallel.zero_stage < 3 or dp == 1:
         return {"vision": 0.0, "logits": 0.0, "block": 0.0}
-    again, partitioned = work.parallel.activation_checkpointing, residency == "partitioned"
+    again, partitioned = bool(work.parallel.activation_checkpointing), residency == "partitioned"
     gathers = replay(work.model, tp, partitioned=partitioned, checkpointing=again)
     size = work.bytes_per_value
     return {
@@ -83,6 +83,15 @@ def gated_block_bytes(work: Workload, tokens: int, media: int, tp: int) -> float
     inner = g.heads * g.head_dim
     hidden = g.ffw_hidden * (4 if g.activation == "silu_gated" else 2)
     text = tokens * (4 * g.width + (2 * inner + hidden) / tp)
+    return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
+
+
+def gated_results_bytes(work: Workload, tokens: int, media: int, tp: int) -> float:
+    """Return what a gated block keeps of its products and its attention alone (`models.recompute`)."""
+    g = work.model.gated
+    inner = g.heads * g.head_dim
+    hidden = g.ffw_hidden * (2 if g.activation == "silu_gated" else 1)
+    text = tokens * (2 * g.width + (2 * inner + hidden) / tp)
     return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
 
 
@@ -125,9 +134,11 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     lm = lm_block_bytes(work, n_tokens, tp)
     gated = gated_block_bytes(work, n_tokens, n_media, tp)
     stream = float(n_tokens * model.lm.width * size)
-    if work.parallel.activation_checkpointing:
-        blocks = model.lm.num_layers * stream
-        working = lm + gated + 2 * stream
+    again = work.parallel.activation_checkpointing
+    if again:
+        results = gated_results_bytes(work, n_tokens, n_media, tp) if again == "selective" else 0.0
+        blocks = model.lm.num_layers * stream + len(model.gated_positions()) * results
+        working = lm + gated - results + 2 * stream
     else:
         blocks = model.lm.num_layers * lm + len(model.gated_positions()) * gated
         working = 4 * stream

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,8 @@ from jobs.bench.shapes import OPS
 
 NETWORKS = ("3b", "9b", "80b-tp8", "3b-idefics", "9b-idefics")
 """Of `jobs.bench.networks`, which needs megatron-core; a test compares them."""
+RECOMPUTE: dict[str, "bool | Literal['selective']"] = {"none": False, "selective": "selective", "all": True}
+"""Activation checkpointing by its name here."""
 LEVELS = (*sweep.LEVELS, "step")
 NO_GPU = "No CUDA device here, so nothing is timed. Roofline (arithmetic from shapes, ceilings of an H100):"
 
@@ -61,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
     step.add_argument("--compiled", action="store_true", help="also with the frozen blocks compiled")
+    step.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="none",
+        help="activation checkpointing of ours; default: none",
+    )
     step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
     step.add_argument(
         "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
@@ -181,6 +190,7 @@ def _step(given: argparse.Namespace) -> int:
         layers=given.layers,
         rows=given.rows,
         pixels=given.pixels,
+        recompute=RECOMPUTE[given.recompute],
         compiled=given.compiled,
         profile=given.out if given.profile else None,
     )

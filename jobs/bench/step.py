@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.ranges import part
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.flops import dataset_flops
 from flamingo_dist.planning.workload import DatasetShape
 from flamingo_dist.training.batch import TrainBatch
@@ -64,6 +65,8 @@ class StepConfig:
     """Images of a sample, 100 features each."""
     pixels: bool = False
     """Images go through the paper's encoder, instead of ready features; not with IDEFICS' networks."""
+    recompute: Recompute = False
+    """Activation checkpointing of our network; IDEFICS' keeps everything."""
     compiled: bool = False
     """Run a contender with compiled frozen blocks, too."""
     profile: Path | None = None
@@ -183,6 +186,8 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
     model = config.model(name)
     size = config.size(model)
     sizes = f"layers={model.lm.num_layers} batch={size.rows} rows={size.length} images={size.media}"
+    if config.recompute and contender != idefics.NAME:
+        sizes += f" recompute={config.recompute}"
     return Row(
         level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
         ours=contender in ("triton", COMPILED),
@@ -205,7 +210,7 @@ class _Step:
         elif contender == COMPILED and launches:
             self.config = with_implementation(self.config, "triton", gate_init=0.5)
         self.size = config.size(self.config)
-        ours = build(self.config, config.dtype, config.device, seed=0)
+        ours = build(self.config, config.dtype, config.device, seed=0, recompute=config.recompute)
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
         if contender == COMPILED:
             ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")

@@ -92,6 +92,7 @@ CASES = [
     (3, "resident", 2, "bf16", True),
     (3, "partitioned", 1, "bf16", False),
     (3, "partitioned", 2, "fp32", True),
+    (3, "resident", 2, "bf16", "selective"),
 ]
 
 

@@ -62,7 +62,11 @@ LAYOUTS = {
         ParallelConfig(tensor=2, zero_stage=3, activation_checkpointing=True),
         {"positions": "relative"},
     ),
-    "ZeRO-3, recomputed": (2, ParallelConfig(zero_stage=3, activation_checkpointing=True), {}),
+    "ZeRO-3, partly recomputed": (
+        2,
+        ParallelConfig(zero_stage=3, activation_checkpointing="selective"),
+        {},
+    ),
 }
 
 

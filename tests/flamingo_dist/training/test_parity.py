@@ -67,6 +67,8 @@ LAYOUTS = [
         (4, 2, 2, "resident", True),
         (4, 2, 3, "resident", False),
         (4, 2, 3, "partitioned", True),
+        (2, 2, 1, "resident", "selective"),
+        (4, 2, 3, "partitioned", "selective"),
     ]
 ]
 
@@ -76,7 +78,7 @@ LAYOUTS = [
     ("world", "tensor", "parallel"),
     LAYOUTS,
     ids=lambda v: (
-        f"zero{v.zero_stage}-{v.frozen}{'-ckpt' * v.activation_checkpointing}"
+        f"zero{v.zero_stage}-{v.frozen}-{v.activation_checkpointing}"
         if isinstance(v, ParallelConfig)
         else None
     ),

@@ -76,17 +76,8 @@ def _range_of(event):
 
 def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-    given = [
-        "step",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--pixels",
-        "--compiled",
-        "--profile",
-        "--out",
-        str(tmp_path),
-    ]
+    given = ["step", "--device", "cpu", "--tiny", "--pixels", "--compiled", "--recompute", "selective"]
+    given += ["--profile", "--out", str(tmp_path)]
     assert command.main(given) == 0
     rows = json.loads((tmp_path / "step-pixels.json").read_text())["rows"]
     status = {r["contender"]: r["status"] for r in rows}
@@ -99,6 +90,8 @@ def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     assert {"data", "vision encoder", "resampler", "gated blocks", "frozen LM", "loss", "optimizer"} <= set(
         named
     )
+    again = [x["name"] for x in lines if x["direction"] == "recompute"]
+    assert sorted(again) == ["frozen LM", "gated blocks"]
     whole = {x["name"]: float(x["ms"]) for x in lines if x["kind"] == "whole"}
     assert 0 < whole["busy"] <= whole["wall"]
     with gzip.open(tmp_path / "trace-smoke-reference.json.gz") as file:
