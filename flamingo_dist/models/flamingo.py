@@ -22,6 +22,7 @@ from flamingo_dist.models.ranges import part
 from flamingo_dist.models.recompute import Keeper, Recompute
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
+from flamingo_dist.models.vision.split import encode_split
 from flamingo_dist.models.vocabulary import IGNORE
 
 RunLayer = Callable[[nn.Module, Tensor, BlockInputs], Tensor]
@@ -106,7 +107,12 @@ class Flamingo(nn.Module):
     """The network. Everything goes through `forward`, so that ZeRO-3's hooks see every use of a weight."""
 
     def __init__(
-        self, config: FlamingoConfig, *, dtype: torch.dtype, activation_checkpointing: Recompute = False
+        self,
+        config: FlamingoConfig,
+        *,
+        dtype: torch.dtype,
+        activation_checkpointing: Recompute = False,
+        split_vision: bool = False,
     ) -> None:
         """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
 
@@ -114,10 +120,12 @@ class Flamingo(nn.Module):
             config: the network.
             dtype: parameters' dtype.
             activation_checkpointing: what of every LM block, with its gated block, the backward pass recomputes.
+            split_vision: whether each tensor-parallel rank encodes a share of the frames.
         """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.split_vision = split_vision
         self.vision = build_vision(config.vision)
         self.vision.requires_grad_(False)
         self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
@@ -303,11 +311,19 @@ class Flamingo(nn.Module):
 
     @torch.no_grad()
     def _encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
-        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time."""
+        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time.
+
+        Without a graph, so that nothing of the encoder is kept for the backward.
+        """
+
+        def encode(frames: Tensor) -> Tensor:
+            parts = [self.vision(few) for few in frames.split(self.config.vision_batch)]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
         frames = pixels_NF3HW.flatten(0, 1)
         with part("vision encoder"):
-            encoded = [self.vision(few) for few in frames.split(self.config.vision_batch)]
-            return torch.cat(encoded).unflatten(0, pixels_NF3HW.shape[:2])
+            features_NSC = encode_split(encode, frames) if self.split_vision else encode(frames)
+            return features_NSC.unflatten(0, pixels_NF3HW.shape[:2])
 
 
 def _run_block(

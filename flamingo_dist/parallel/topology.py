@@ -27,6 +27,9 @@ class ParallelConfig:
     activation_checkpointing: Recompute = False
     """Recompute each LM block with its gated block in the backward pass instead of keeping activations. "selective":
     keep the results of the gated blocks' matrix products and attention, recompute the rest."""
+    split_vision: bool = False
+    """Encode a share of the frames on each tensor-parallel rank and gather the features, instead of encoding all of
+    them on every one."""
     compile_frozen: bool = False
     """Run the frozen LM's blocks, in training, and the vision encoder's through torch.compile; needs resident frozen
     weights. The first step of each data set then waits for the compiler."""

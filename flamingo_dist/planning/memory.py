@@ -108,12 +108,21 @@ def resampler_bytes(work: Workload, media: int, frames: int, tp: int) -> float:
     return work.bytes_per_value * media * kept
 
 
-def vision_bytes(work: Workload, frames: int) -> float:
-    """Return the peak of encoding `frames` frames in sub-batches: all features twice, and one sub-batch's layer."""
+def feature_bytes(work: Workload, frames: float) -> float:
+    """Return the bytes of the encoder's features of `frames` frames."""
     vision = work.model.vision
-    size = vision.torch_dtype.itemsize
-    features = 2.0 * frames * vision.num_features * vision.width * size
-    return features + min(frames, work.model.vision_batch) * vision_working_bytes(vision)
+    return frames * vision.num_features * vision.width * vision.torch_dtype.itemsize
+
+
+def vision_bytes(work: Workload, frames: int, tp: int) -> float:
+    """Return the peak of encoding `frames` frames in sub-batches: a rank's features twice, and one sub-batch's layer.
+
+    Where each tensor-parallel rank has a share, all features beside its own are more than that in large batches.
+    """
+    share = -(-frames // tp) if work.parallel.split_vision else frames
+    own = feature_bytes(work, share)
+    encoding = own + min(share, work.model.vision_batch) * vision_working_bytes(work.model.vision)
+    return own + (encoding if share == frames else max(encoding, feature_bytes(work, frames)))
 
 
 def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -> dict[str, float]:
@@ -148,5 +157,5 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
         "block": working,
         # In fp32 the logits, their exponentials and the gradients of both.
         "logits": vocabulary * 16,
-        "vision": vision_bytes(work, n_media * data.frames) if data.pixels else 0.0,
+        "vision": vision_bytes(work, n_media * data.frames, tp) if data.pixels else 0.0,
     }

@@ -126,7 +126,8 @@ def _layout(
     step, tokens = sum(seconds.values()), work.tokens_per_step()
     parts = step_flops(work)
     useful = sum(p["forward"] + p["backward"] for p in parts.values())
-    hardware = useful + sum(p["recompute"] for p in parts.values()) + (tp - 1) * parts["vision"]["forward"]
+    repeats = 0 if work.parallel.split_vision else tp - 1
+    hardware = useful + sum(p["recompute"] for p in parts.values()) + repeats * parts["vision"]["forward"]
     peak = machine.gpus * machine.gpu.bf16_tflops * 1e12
     days = None if budget_tokens is None else budget_tokens / tokens * step / 86_400
     kinds = step_traffic(work, tp=tp, dp=dp, residency=residency)

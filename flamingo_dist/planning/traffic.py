@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flamingo_dist.planning.gathers import replay
-from flamingo_dist.planning.memory import REDUCE_BUCKET, Residency
+from flamingo_dist.planning.memory import REDUCE_BUCKET, Residency, feature_bytes
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
@@ -66,6 +66,12 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
         kinds["tensor_all_reduce"] = Traffic(
             group="tensor", wire_bytes=2 * (tp - 1) / tp * payload, calls=calls
         )
+        if work.parallel.split_vision:
+            pixels = [data for data in work.datasets if data.pixels]
+            features = sum(feature_bytes(work, data.rows * data.media * data.frames / dp) for data in pixels)
+            kinds["tensor_gather"] = Traffic(
+                group="tensor", wire_bytes=(tp - 1) / tp * features, calls=len(pixels)
+            )
     if dp == 1:
         return kinds
     # ZeRO 3 scatters the sums; the lower stages of DeepSpeed 0.19 sum whole buckets, also where a rank keeps a part.

@@ -76,7 +76,12 @@ def build_model(
     if config.lm.weights is None and config.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
     with building(parallel, ds_config or {}):
-        model = Flamingo(config, dtype=dtype, activation_checkpointing=parallel.activation_checkpointing)
+        model = Flamingo(
+            config,
+            dtype=dtype,
+            activation_checkpointing=parallel.activation_checkpointing,
+            split_vision=parallel.split_vision,
+        )
     values = parameter_values(config, topology, seed)
     if config.weights is not None:
         folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)

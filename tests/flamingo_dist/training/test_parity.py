@@ -71,6 +71,7 @@ LAYOUTS = [
         (4, 2, 3, "partitioned", "selective"),
     ]
 ]
+LAYOUTS.append((2, 2, ParallelConfig(tensor=2, zero_stage=2, split_vision=True)))
 
 
 @pytest.mark.distributed
