@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.hardware import GPUS, Assumptions
 from flamingo_dist.planning.picture import draw_plan
 from flamingo_dist.planning.plan import Layout, Plan, make_plan, scale_batches, suggestions
@@ -35,8 +36,8 @@ class PlanArguments:
     """Text tokens of the whole training, for days and GPU-hours."""
     batch_scale: float = 1.0
     """Factor of all batch sizes."""
-    checkpointing: bool | None = None
-    """Activation checkpointing, in place of the recipe's."""
+    checkpointing: Recompute | None = None
+    """Activation checkpointing (True, False or selective), in place of the recipe's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage, in place of the recipe's."""
     assume: Assumptions = field(default_factory=Assumptions)

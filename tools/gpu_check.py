@@ -1,10 +1,11 @@
 """Checks and measures the kernels on this machine's GPU in under nine minutes: `make gpu-check`.
 
-Four stages, each in a process of its own and with a time limit, so that one that hangs or breaks costs itself alone:
+Five stages, each in a process of its own and with a time limit, so that one that hangs or breaks costs itself alone:
 the kernels' tests on CUDA, the kernels' benchmark (which refuses speed to whatever is red in those tests), a whole
-step, and a short training run against the CPU. The stages after the tests need no more than torch and triton, or say
-what they lack. Results are files directly in the folder: tests.xml, kernels.csv, kernels.json, kernels.md,
-kernels.png, step.json, losses.json, summary.json.
+step, a profile of one with the vision encoder, and a short training run against the CPU. The stages after the tests
+need no more than torch and triton, or say what they lack. Results are files directly in the folder: tests.xml,
+kernels.json, kernels.md, kernels.png, step.json, losses.json, summary.json, and rest.tar.gz with the profile and
+kernels.csv.
 
 Usage: ``python tools/gpu_check.py [FOLDER] [--dry] [--seconds N] [--only STAGE ...]``; the folder is $OUT if set, else
 runs/gpu-check. ``--dry`` runs the same stages at tiny sizes on a CPU, with the kernels under Triton's interpreter.
@@ -14,9 +15,11 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +37,8 @@ DRY_TESTS = [
 """One quick test of each kernel, for the interpreter."""
 MOST_FILES = 8
 """What is left in the folder is meant to be carried off by hand: no more files than this."""
+PACKED = ("profile", "kernels.csv")
+"""Folders and files that end up in one archive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         "-m",
         "modes",
     ]
+    profile = ["--networks", "3b", "--pixels", "--compiled", "--profile"]
     if dry:
         small = ["--device", "cpu", "--tiny", "--out", str(folder)]
         alone = {"OMP_NUM_THREADS": "1"}
@@ -104,6 +110,12 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
             ),
             Stage(name="losses", command=losses, share=limit, environment=interpreted),
             Stage(name="step", command=[*bench, "step", *small], share=limit, environment=interpreted),
+            Stage(
+                name="profile",
+                command=[*bench, "step", *profile, *small[:-1], str(folder / "profile")],
+                share=limit,
+                environment=interpreted,
+            ),
             Stage(name="kernels", command=kernels, share=limit, environment=interpreted),
         ]
     out = ["--device", "cuda", "--out", str(folder)]
@@ -113,6 +125,11 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         Stage(name="tests", command=[*test, *_tests()], share=0.3 * limit, environment={"KMODE": "cuda"}),
         Stage(name="losses", command=[*bench, "losses", *out], share=0.08 * limit),
         Stage(name="step", command=[*bench, "step", *out], share=0.12 * limit),
+        Stage(
+            name="profile",
+            command=[*bench, "step", *profile, *out[:-1], str(folder / "profile")],
+            share=0.12 * limit,
+        ),
         # Last, so that what the others left over is its own.
         Stage(name="kernels", command=kernels, share=limit),
     ]
@@ -181,6 +198,18 @@ def _end(process: "subprocess.Popen[str]") -> None:
         return
 
 
+def pack(folder: Path) -> None:
+    """Move what is `PACKED` into rest.tar.gz."""
+    found = [folder / name for name in PACKED if (folder / name).exists()]
+    if not found:
+        return
+    with tarfile.open(folder / "rest.tar.gz", "w:gz") as archive:
+        for path in found:
+            archive.add(path, arcname=path.name)
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def summarise(outcomes: list[Outcome], folder: Path, seconds: float, *, dry: bool) -> dict[str, object]:
     """Return and write the summary: what each stage did, and which files there are."""
     summary: dict[str, object] = {
@@ -212,14 +241,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry", action="store_true", help="the same at tiny sizes, on a CPU")
     parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for everything; default: {LIMIT:.0f}")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="some of: tests, losses, step, kernels")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STAGE", help="some of: tests, losses, step, profile, kernels"
+    )
     given = parser.parse_args(arguments)
     if not given.dry and not _has_gpu():
         print("gpu-check: torch sees no CUDA device here. --dry runs the same stages at tiny sizes on a CPU.")
         return 2
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("tests.xml", "kernels.json", "step.json", "losses.json"):
+    for stale in ("tests.xml", "kernels.json", "step.json", "losses.json", "rest.tar.gz"):
         (folder / stale).unlink(missing_ok=True)  # an old verdict must not speak for new kernels
     started = time.monotonic()
     outcomes = []
@@ -228,6 +259,7 @@ def main(arguments: list[str]) -> int:
             continue
         left = given.seconds - (time.monotonic() - started)
         outcomes.append(run_stage(stage, min(stage.share, left)))
+    pack(folder)
     summary = summarise(outcomes, folder, time.monotonic() - started, dry=given.dry)
     for outcome in outcomes:
         how = "ok" if outcome.ok else "timed out" if outcome.timed_out else f"FAILED ({outcome.exit_code})"

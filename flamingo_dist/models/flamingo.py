@@ -4,8 +4,8 @@ Dimension letters: B batch, T text tokens, M media, F frames, S features of a fr
 R latents, E resampler width, D LM width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -18,10 +18,19 @@ from flamingo_dist.models.attention import KeyValueCache
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
 from flamingo_dist.models.lm import BlockInputs, LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.ranges import part
+from flamingo_dist.models.recompute import Keeper, Recompute
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
+from flamingo_dist.models.vision.split import encode_split
 from flamingo_dist.models.vocabulary import IGNORE
 from flamingo_dist.models.weights.source import Opening, opened_here
+
+RunLayer = Callable[[nn.Module, Tensor, BlockInputs], Tensor]
+"""Runs a decoder block on the stream, as `run_layer` does."""
+SHAPES = 64
+"""Variants of a compiled block at most: one for each shape of a data set's batch, two for each kind of an encoder's
+blocks. torch's own limit is 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,8 @@ class Flamingo(nn.Module):
         config: FlamingoConfig,
         *,
         dtype: torch.dtype,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recompute = False,
+        split_vision: bool = False,
         opening: Opening = opened_here,
     ) -> None:
         """Build the network empty, sliced for this rank of Megatron's tensor-parallel group.
@@ -111,12 +121,14 @@ class Flamingo(nn.Module):
         Args:
             config: the network.
             dtype: parameters' dtype.
-            activation_checkpointing: recompute every LM block, with its gated block, in the backward pass.
+            activation_checkpointing: what of every LM block, with its gated block, the backward pass recomputes.
+            split_vision: whether each tensor-parallel rank encodes a share of the frames.
             opening: how the vision encoder's weights are opened.
         """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.split_vision = split_vision
         self.vision = build_vision(config.vision, opening=opening)
         self.vision.requires_grad_(False)
         self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
@@ -125,6 +137,24 @@ class Flamingo(nn.Module):
             {str(i): GatedCrossAttentionBlock(config.gated, dtype=dtype) for i in config.gated_positions()}
         )
         self._gates_off = False
+        self._run_trained: RunLayer = run_layer
+        """Runs the blocks of the LM in training; elsewhere they stay as they are."""
+
+    def compile_frozen(self, backend: str = "inductor") -> None:
+        """Have torch.compile make kernels of frozen blocks: the LM's where gradients are wanted, and the encoder's.
+
+        All blocks of the LM share their code. Shapes of batches are constants of the data sets, so there is one
+        compilation for each. Generation and probes run the blocks as they are, so that they compile nothing. The
+        weights must be buffers (`parallel.zero.make_frozen_resident`): what ZeRO-3 gathers and frees around a block,
+        compiled code would keep.
+
+        Args:
+            backend: of torch.compile.
+        """
+        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+        # A graph break is an error: it would cost what compiling is to win, without a word.
+        self._run_trained = torch.compile(run_layer, backend=backend, fullgraph=True, dynamic=False)
+        self.vision.compile_blocks(backend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,35 +241,51 @@ class Flamingo(nn.Module):
                 "segments_BT with a cache: packed rows are for training; generate from one sample a row."
             )
         offset = 0 if cache is None else cache.length
-        x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
-        blocks = self._gated_blocks()
+        with part("frozen LM"):
+            x_TBD, inputs = self.lm.embed(tokens_BT, segments_BT=segments_BT, offset=offset)
         with self.lm.caching(cache):
-            for i, layer in enumerate(self.lm.layers):
-                gated = None if self._gates_off else blocks.get(i)
-                media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    # The modules are arguments: a closure over the loop's variable would recompute the last block.
-                    x_TBD = checkpoint(
-                        _run_block,
-                        gated,
-                        layer,
-                        x_TBD,
-                        latents_BMRE,
-                        media_index_BT,
-                        inputs,
-                        media_kv,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                else:
-                    x_TBD = _run_block(gated, layer, x_TBD, latents_BMRE, media_index_BT, inputs, media_kv)
+            x_TBD = self._run_blocks(x_TBD, latents_BMRE, media_index_BT, inputs, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
-        if targets_BT is None:
-            logits = self.lm.vocabulary(x_BTD, as_head=True)
-            return FlamingoOutput(logits_BTV=logits, nll_BT=None, latents_BMRE=latents_BMRE)
-        return FlamingoOutput(logits_BTV=None, nll_BT=self._nll(x_BTD, targets_BT), latents_BMRE=latents_BMRE)
+        with part("loss"):
+            x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
+            logits = self.lm.vocabulary(x_BTD, as_head=True) if targets_BT is None else None
+            nll = None if targets_BT is None else self._nll(x_BTD, targets_BT)
+        return FlamingoOutput(logits_BTV=logits, nll_BT=nll, latents_BMRE=latents_BMRE)
+
+    def _run_blocks(
+        self,
+        x_TBD: Tensor,
+        latents_BMRE: Tensor,
+        media_index_BT: Tensor,
+        inputs: BlockInputs,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Run all blocks on the stream x_TBD [T, B, D]; the others as in `forward`."""
+        blocks = self._gated_blocks()
+        run = self._run_trained if torch.is_grad_enabled() and cache is None else run_layer
+        for i, layer in enumerate(self.lm.layers):
+            gated = None if self._gates_off else blocks.get(i)
+            media_kv = None if cache is None else cache.media.setdefault(i, MediaKV())
+            rest = (latents_BMRE, media_index_BT, inputs, media_kv)
+            if not (self.activation_checkpointing and torch.is_grad_enabled()):
+                x_TBD = _run_block(run, gated, layer, None, x_TBD, *rest)
+                continue
+            selective = self.activation_checkpointing == "selective" and gated is not None
+            keeper = Keeper() if selective else None
+            # The modules are arguments: a closure over the loop's variable would recompute the last block.
+            x_TBD = checkpoint(
+                _run_block,
+                run,
+                gated,
+                layer,
+                keeper,
+                x_TBD,
+                *rest,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return x_TBD
 
     def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""
@@ -260,22 +306,34 @@ class Flamingo(nn.Module):
         features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
         # By the same name: the encoder's fp32 features would else stand beside all that the resampler keeps.
         features_NFSC = features_NFSC.to(self.dtype)
-        latents_NRE = self.resampler(features_NFSC)
+        with part("resampler"):
+            latents_NRE = self.resampler(features_NFSC)
         batch, num_media = media_mask_BM.shape
         full = latents_NRE.new_zeros(batch * num_media, *latents_NRE.shape[1:])
         return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))
 
     @torch.no_grad()
     def _encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
-        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time."""
+        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time.
+
+        Without a graph, so that nothing of the encoder is kept for the backward.
+        """
+
+        def encode(frames: Tensor) -> Tensor:
+            parts = [self.vision(few) for few in frames.split(self.config.vision_batch)]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
         frames = pixels_NF3HW.flatten(0, 1)
-        parts = [self.vision(part) for part in frames.split(self.config.vision_batch)]
-        return torch.cat(parts).unflatten(0, pixels_NF3HW.shape[:2])
+        with part("vision encoder"):
+            features_NSC = encode_split(encode, frames) if self.split_vision else encode(frames)
+            return features_NSC.unflatten(0, pixels_NF3HW.shape[:2])
 
 
 def _run_block(
+    run: RunLayer,
     gated: GatedCrossAttentionBlock | None,
     layer: nn.Module,
+    keeper: Keeper | None,
     x_TBD: Tensor,
     latents_BMRE: Tensor,
     media_index_BT: Tensor,
@@ -284,5 +342,7 @@ def _run_block(
 ) -> Tensor:
     """Run one LM block with the gated block before it; x_TBD and the result are [T, B, D]."""
     if gated is not None:
-        x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
-    return run_layer(layer, x_TBD, inputs)
+        with part("gated blocks"), keeper or nullcontext():
+            x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
+    with part("frozen LM"):
+        return run(layer, x_TBD, inputs)

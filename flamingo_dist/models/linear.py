@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 
 from flamingo_dist.models.init import tag
@@ -70,6 +71,10 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in] to shape [..., out / tp size]."""
+        if torch.compiler.is_compiling():
+            x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
+            bias = None if self.skip_bias_add else self.bias
+            return F.linear(x, self.weight, bias), self.bias if self.skip_bias_add else None
         if self.output_size_per_partition != self.output_size or args or kwargs:
             output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
@@ -87,6 +92,11 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
+        if torch.compiler.is_compiling():
+            summed = sum_over_tp(F.linear(input_, self.weight))
+            if self.bias is None or self.skip_bias_add:
+                return summed, self.bias
+            return summed + self.bias, None
         if self.input_size_per_partition != self.input_size:
             output, skipped = super().forward(_three_axes(input_))
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
@@ -210,7 +220,20 @@ def sum_grad_over_tp(x: Tensor) -> Tensor:
     """
     if tp_size() == 1:
         return x
-    summed: Tensor = _SumGradOverTP.apply(x)
+    traced = torch.compiler.is_compiling()
+    summed: Tensor = _TracedSumGrad.apply(x) if traced else _SumGradOverTP.apply(x)
+    return summed
+
+
+def sum_over_tp(x: Tensor) -> Tensor:
+    """Return the sum of `x` (any shape) over the tensor-parallel group; its gradient passes as it is.
+
+    For compiled code: of the in-place collectives that megatron-core's layers run, torch.compile makes a graph break
+    each. These are functional, and Inductor writes the sum in place where nobody reads the summands.
+    """
+    if tp_size() == 1:
+        return x
+    summed: Tensor = _TracedSum.apply(x)
     return summed
 
 
@@ -240,6 +263,40 @@ class _SumGradOverTP(torch.autograd.Function):
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
         return grad
+
+
+class _TracedSum(torch.autograd.Function):
+    """All-reduce over the tensor-parallel group forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' `x`."""
+        return _traced_all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Return the gradient."""
+        return grads[0]
+
+
+class _TracedSumGrad(torch.autograd.Function):
+    """`_SumGradOverTP` for torch.compile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return a view of `x`."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Return the sum of the ranks' gradients."""
+        return _traced_all_reduce(grads[0])
+
+
+def _traced_all_reduce(x: Tensor) -> Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    summed: Tensor = all_reduce(x.contiguous(), "sum", group)
+    return summed
 
 
 def _no_init(weight: Tensor) -> None:

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.attention import CausalAttention, RelativeAttention
 from flamingo_dist.models.init import tag
-from flamingo_dist.models.linear import ColumnLinear, RowLinear, sum_grad_over_tp, tp_share, tp_size
+from flamingo_dist.models.linear import (
+    ColumnLinear,
+    RowLinear,
+    sum_grad_over_tp,
+    sum_over_tp,
+    tp_share,
+    tp_size,
+)
 from flamingo_dist.models.lm_config import LMConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,7 +82,8 @@ def _sum_over_tp(x: Tensor) -> Tensor:
     """Return the sum of x (any shape) over the group, of which every rank uses its own part of the gradient."""
     if tp_size() == 1:
         return x
-    return sum_grad_over_tp(reduce_from_tensor_model_parallel_region(x.contiguous()))
+    reduce = sum_over_tp if torch.compiler.is_compiling() else reduce_from_tensor_model_parallel_region
+    return sum_grad_over_tp(reduce(x.contiguous()))
 
 
 class ClippedColumnLinear(ColumnLinear):

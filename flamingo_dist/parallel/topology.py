@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from flamingo_dist.models.recompute import Recompute
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -22,8 +24,15 @@ class ParallelConfig:
     frozen: Literal["resident", "partitioned"] = "resident"
     """Where frozen weights live: whole (per tensor-parallel slice) on every data-parallel rank, moving no
     byte in a step, or partitioned by ZeRO-3 and gathered layer by layer."""
-    activation_checkpointing: bool = False
-    """Recompute each LM block with its gated block in the backward pass instead of keeping activations."""
+    activation_checkpointing: Recompute = False
+    """Recompute each LM block with its gated block in the backward pass instead of keeping activations. "selective":
+    keep the results of the gated blocks' matrix products and attention, recompute the rest."""
+    split_vision: bool = False
+    """Encode a share of the frames on each tensor-parallel rank and gather the features, instead of encoding all of
+    them on every one."""
+    compile_frozen: bool = False
+    """Run the frozen LM's blocks, in training, and the vision encoder's through torch.compile; needs resident frozen
+    weights. The first step of each data set then waits for the compiler."""
     collective_timeout_seconds: int = 600
     """A collective that waits longer than this fails the run instead of hanging it."""
 
@@ -35,6 +44,11 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.frozen='partitioned' needs parallel.zero_stage=3, not {self.zero_stage}: "
                 "lower stages keep every parameter whole. Set parallel.frozen='resident'."
+            )
+        if self.compile_frozen and self.frozen == "partitioned":
+            raise ValueError(
+                "parallel.compile_frozen=True needs parallel.frozen='resident', not 'partitioned': compiled code would "
+                "keep the weights that ZeRO-3 gathers for a block and frees after it. Set one of the two."
             )
 
 

@@ -119,6 +119,8 @@ def follow(
 def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu: bool = True) -> Followed:
     """Build and step one rank of `topology` with fake tensors. Published weights of the LM are not read.
 
+    Frozen blocks are not compiled: what compiled code keeps and sends is the compiler's to decide.
+
     Args:
         work: network, batches and parallelism; its tensor degree must be the topology's.
         train: training settings.
@@ -133,6 +135,7 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
         topology.check_batch(data.name, data.rows)
     dp = topology.data
     work = replace(work, model=replace(work.model, lm=replace(work.model.lm, weights=None)))
+    work = replace(work, parallel=replace(work.parallel, compile_frozen=False))
     rows = {data.name: data.rows // dp for data in work.datasets}
     selected: dict[tuple[int, ...], int] = {
         (rows[d.name], d.tokens): rows[d.name] * (d.tokens - 1) for d in work.datasets

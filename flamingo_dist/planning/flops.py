@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.vision import vision_flops
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
@@ -55,7 +56,9 @@ class PartFlops:
         return self.forward - self.skipped if self.recomputed else 0.0
 
 
-def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: bool) -> dict[str, PartFlops]:
+def dataset_flops(
+    model: FlamingoConfig, data: DatasetShape, *, checkpointing: Recompute
+) -> dict[str, PartFlops]:
     """Return the operations of one global batch of a data set, by part, whatever the layout.
 
     Every token is taken to carry loss and every slot to hold a medium: an upper bound. Causal attention counts
@@ -64,7 +67,7 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
     Args:
         model: the network.
         data: the batch.
-        checkpointing: whether the LM's blocks and the gated blocks are recomputed.
+        checkpointing: what of the LM's blocks and the gated blocks is recomputed.
     """
     tokens, media = data.rows * data.tokens, data.rows * data.media
     lm = model.lm
@@ -76,13 +79,13 @@ def dataset_flops(model: FlamingoConfig, data: DatasetShape, *, checkpointing: b
             differentiated=False,
         ),
         "resampler": resampler(model, media, data.frames),
-        "gated": gated(model, tokens, media, data.media, recomputed=checkpointing),
+        "gated": gated(model, tokens, media, data.media, recomputed=checkpointing is True),
         "lm": PartFlops(
             linear=2.0 * tokens * lm.num_layers * _lm_weights(model) + distances + scores,
             attention=2.0 * tokens * (data.tokens + 1) * lm.num_layers * lm.num_heads * lm.head_dim,
             trainable=False,
             skipped=2.0 * tokens * lm.num_layers * lm.width * lm.ffn_width,
-            recomputed=checkpointing,
+            recomputed=bool(checkpointing),
             no_input_gradient=distances,
         ),
         "head": PartFlops(linear=2.0 * tokens * lm.width * lm.vocab_size, trainable=False),

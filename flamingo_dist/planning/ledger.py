@@ -192,5 +192,5 @@ def _purposes(operation: str, group: Group, elements: int) -> dict[str, float]:
     if group == "world" or (operation == "all_reduce" and elements <= CONTROL_ELEMENTS):
         return {"control": 1.0}
     if group == "tensor":
-        return {"tensor_all_reduce": 1.0}
+        return {"tensor_gather" if operation == "all_gather" else "tensor_all_reduce": 1.0}
     return {"trainable_gather" if operation == "all_gather" else "gradient_reduce": 1.0}

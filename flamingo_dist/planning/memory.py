@@ -56,7 +56,7 @@ def gathered_bytes(work: Workload, *, tp: int, dp: int, residency: Residency) ->
     """
     if work.parallel.zero_stage < 3 or dp == 1:
         return {"vision": 0.0, "logits": 0.0, "block": 0.0}
-    again, partitioned = work.parallel.activation_checkpointing, residency == "partitioned"
+    again, partitioned = bool(work.parallel.activation_checkpointing), residency == "partitioned"
     gathers = replay(work.model, tp, partitioned=partitioned, checkpointing=again)
     size = work.bytes_per_value
     return {
@@ -86,6 +86,15 @@ def gated_block_bytes(work: Workload, tokens: int, media: int, tp: int) -> float
     return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
 
 
+def gated_results_bytes(work: Workload, tokens: int, media: int, tp: int) -> float:
+    """Return what a gated block keeps of its products and its attention alone (`models.recompute`)."""
+    g = work.model.gated
+    inner = g.heads * g.head_dim
+    hidden = g.ffw_hidden * (2 if g.activation == "silu_gated" else 1)
+    text = tokens * (2 * g.width + (2 * inner + hidden) / tp)
+    return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
+
+
 def resampler_bytes(work: Workload, media: int, frames: int, tp: int) -> float:
     """Return what the resampler keeps; it is not checkpointed."""
     r = work.model.resampler
@@ -99,12 +108,21 @@ def resampler_bytes(work: Workload, media: int, frames: int, tp: int) -> float:
     return work.bytes_per_value * media * kept
 
 
-def vision_bytes(work: Workload, frames: int) -> float:
-    """Return the peak of encoding `frames` frames in sub-batches: all features twice, and one sub-batch's layer."""
+def feature_bytes(work: Workload, frames: float) -> float:
+    """Return the bytes of the encoder's features of `frames` frames."""
     vision = work.model.vision
-    size = vision.torch_dtype.itemsize
-    features = 2.0 * frames * vision.num_features * vision.width * size
-    return features + min(frames, work.model.vision_batch) * vision_working_bytes(vision)
+    return frames * vision.num_features * vision.width * vision.torch_dtype.itemsize
+
+
+def vision_bytes(work: Workload, frames: int, tp: int) -> float:
+    """Return the peak of encoding `frames` frames in sub-batches: a rank's features twice, and one sub-batch's layer.
+
+    Where each tensor-parallel rank has a share, all features beside its own are more than that in large batches.
+    """
+    share = -(-frames // tp) if work.parallel.split_vision else frames
+    own = feature_bytes(work, share)
+    encoding = own + min(share, work.model.vision_batch) * vision_working_bytes(work.model.vision)
+    return own + (encoding if share == frames else max(encoding, feature_bytes(work, frames)))
 
 
 def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -> dict[str, float]:
@@ -125,9 +143,11 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     lm = lm_block_bytes(work, n_tokens, tp)
     gated = gated_block_bytes(work, n_tokens, n_media, tp)
     stream = float(n_tokens * model.lm.width * size)
-    if work.parallel.activation_checkpointing:
-        blocks = model.lm.num_layers * stream
-        working = lm + gated + 2 * stream
+    again = work.parallel.activation_checkpointing
+    if again:
+        results = gated_results_bytes(work, n_tokens, n_media, tp) if again == "selective" else 0.0
+        blocks = model.lm.num_layers * stream + len(model.gated_positions()) * results
+        working = lm + gated - results + 2 * stream
     else:
         blocks = model.lm.num_layers * lm + len(model.gated_positions()) * gated
         working = 4 * stream
@@ -137,5 +157,5 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
         "block": working,
         # In fp32 the logits, their exponentials and the gradients of both.
         "logits": vocabulary * 16,
-        "vision": vision_bytes(work, n_media * data.frames) if data.pixels else 0.0,
+        "vision": vision_bytes(work, n_media * data.frames, tp) if data.pixels else 0.0,
     }

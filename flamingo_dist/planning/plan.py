@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.planning.flops import step_flops
 from flamingo_dist.planning.hardware import GIB, Assumptions
@@ -125,7 +126,8 @@ def _layout(
     step, tokens = sum(seconds.values()), work.tokens_per_step()
     parts = step_flops(work)
     useful = sum(p["forward"] + p["backward"] for p in parts.values())
-    hardware = useful + sum(p["recompute"] for p in parts.values()) + (tp - 1) * parts["vision"]["forward"]
+    repeats = 0 if work.parallel.split_vision else tp - 1
+    hardware = useful + sum(p["recompute"] for p in parts.values()) + repeats * parts["vision"]["forward"]
     peak = machine.gpus * machine.gpu.bf16_tflops * 1e12
     days = None if budget_tokens is None else budget_tokens / tokens * step / 86_400
     kinds = step_traffic(work, tp=tp, dp=dp, residency=residency)
@@ -180,10 +182,13 @@ def rank_memory(
 def suggestions(work: Workload, machine: Machine) -> list[str]:
     """Return the single changes that make a layout fit, each tried; empty if none of them does."""
     found = []
-    if not work.parallel.activation_checkpointing:
-        parallel = replace(work.parallel, activation_checkpointing=True)
+    recompute: tuple[Recompute, ...] = ("selective", True)
+    # What is recomputed already cannot be recomputed less to any use.
+    for value in recompute if not work.parallel.activation_checkpointing else ():
+        parallel = replace(work.parallel, activation_checkpointing=value)
         if make_plan(replace(work, parallel=parallel), machine).layouts:
-            found.append("parallel.activation_checkpointing=True")
+            found.append(f"parallel.activation_checkpointing={value}")
+            break
     if work.parallel.zero_stage != 3:
         parallel = replace(work.parallel, zero_stage=3)
         best = make_plan(replace(work, parallel=parallel), machine).layouts

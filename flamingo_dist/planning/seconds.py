@@ -27,7 +27,7 @@ class Machine:
 def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> dict[str, float]:
     """Return the seconds of computation on one GPU, by part.
 
-    The encoder runs whole on every tensor-parallel rank; all else is shared by the group.
+    The encoder runs whole on every tensor-parallel rank, unless it is split; all else is shared by the group.
 
     Args:
         work: the run.
@@ -44,7 +44,8 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
         flops = dataset_flops(work.model, data, checkpointing=work.parallel.activation_checkpointing)
         for name, part in flops.items():
             if name == "vision":
-                value = part.forward / dp / (vision_peak * 1e12 * assumed.vision)
+                ranks = dp * tp if work.parallel.split_vision else dp
+                value = part.forward / ranks / (vision_peak * 1e12 * assumed.vision)
             else:
                 again = 1 if part.recomputed else 0
                 linear = part.linear + again * (part.linear - part.skipped) + part.backward_linear

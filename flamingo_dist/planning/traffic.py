@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flamingo_dist.planning.gathers import replay
-from flamingo_dist.planning.memory import REDUCE_BUCKET, Residency
+from flamingo_dist.planning.memory import REDUCE_BUCKET, Residency, feature_bytes
 from flamingo_dist.planning.parameters import count_parameters
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
@@ -31,11 +31,13 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     latents = media * model.resampler.latents * model.resampler.width * size
     handed_on = media * model.resampler.latents * model.resampler.output_width * size
     features = media * data.frames * model.vision.num_features * model.resampler.width * size
-    again = 1 if work.parallel.activation_checkpointing else 0
+    checkpointing = work.parallel.activation_checkpointing
     layers, gated, depth = model.lm.num_layers, len(model.gated_positions()), model.resampler.depth
     extra_gate = 1 if model.gated.activation == "silu_gated" else 0
-    # Recomputation stops before the last sum of a checkpointed unit, which is an LM block's.
-    streams = 4 * (layers + gated) + again * (layers + 2 * gated) + gated * extra_gate + 2
+    # Recomputation stops before the last sum of a checkpointed unit, which is an LM block's. "selective" keeps a gated
+    # block's sums.
+    again = (layers if checkpointing else 0) + (2 * gated if checkpointing is True else 0)
+    streams = 4 * (layers + gated) + again + gated * extra_gate + 2
     feature_sums = 1 if model.resampler.shared_feature_kv else depth
     resampler_gate = 1 if model.resampler.activation == "silu_gated" else 0
     latent_sums = depth * (4 + resampler_gate)
@@ -64,6 +66,12 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
         kinds["tensor_all_reduce"] = Traffic(
             group="tensor", wire_bytes=2 * (tp - 1) / tp * payload, calls=calls
         )
+        if work.parallel.split_vision:
+            pixels = [data for data in work.datasets if data.pixels]
+            features = sum(feature_bytes(work, data.rows * data.media * data.frames / dp) for data in pixels)
+            kinds["tensor_gather"] = Traffic(
+                group="tensor", wire_bytes=(tp - 1) / tp * features, calls=len(pixels)
+            )
     if dp == 1:
         return kinds
     # ZeRO 3 scatters the sums; the lower stages of DeepSpeed 0.19 sum whole buckets, also where a rank keeps a part.
@@ -78,7 +86,7 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
         )
     if stage < 3:
         return kinds
-    again, partitioned = work.parallel.activation_checkpointing, residency == "partitioned"
+    again, partitioned = bool(work.parallel.activation_checkpointing), residency == "partitioned"
     gathers = replay(work.model, tp, partitioned=partitioned, checkpointing=again)
     values = {"trainable_gather": gathers.trainable, "frozen_gather": gathers.frozen}
     for kind, value in values.items():

@@ -57,6 +57,7 @@ class Utilisation:
         """
         useful = hardware = 0.0
         again = self.work.parallel.activation_checkpointing
+        repeats = 0 if self.work.parallel.split_vision else self.tensor - 1
         for data in self.work.datasets:
             if data.name not in loss_tokens:
                 continue
@@ -64,7 +65,7 @@ class Utilisation:
             for name, part in dataset_flops(self.work.model, data, checkpointing=again).items():
                 share = shares.get(name, 1.0)
                 useful += share * part.useful
-                repeated = self.tensor - 1 if name == "vision" else 0
+                repeated = repeats if name == "vision" else 0
                 hardware += share * (part.useful + part.recompute + repeated * part.forward)
         whole = seconds * self.peak_flops
         return {"useful_mfu": useful / whole, "hfu": hardware / whole}

@@ -51,6 +51,13 @@ class TrainBatch:
         positions = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
         return int((positions * self.loss_mask_BT).amax(dim=1).sum())
 
+    def pinned(self) -> "TrainBatch":
+        """Return the batch in page-locked memory, from which a GPU copies without waiting."""
+        held: dict[str, Any] = {
+            name: None if value is None else value.pin_memory() for name, value in vars(self).items()
+        }
+        return replace(self, **held)
+
     def to(self, device: torch.device) -> "TrainBatch":
         """Return the batch on `device`."""
         moved: dict[str, Any] = {

@@ -82,6 +82,7 @@ def build_model(
             dtype=dtype,
             activation_checkpointing=parallel.activation_checkpointing,
             opening=HandedOn if topology.world > 1 else opened_here,
+            split_vision=parallel.split_vision,
         )
     values = parameter_values(config, topology, seed)
     if config.weights is not None:
@@ -93,6 +94,8 @@ def build_model(
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)
         model.to(world_device())
+    if parallel.compile_frozen:
+        model.compile_frozen()
     return model
 
 
@@ -101,7 +104,8 @@ def build_engine(
 ) -> Any:
     """Build the network, its optimizer and the DeepSpeed engine around them.
 
-    The order is fixed: freeze, tensor parallelism, activation checkpointing, weights, residency, optimizer, ZeRO.
+    The order is fixed: freeze, tensor parallelism, activation checkpointing, weights, residency, compilation,
+    optimizer, ZeRO.
     """
     init_deepspeed()
     ds_config = deepspeed_config(

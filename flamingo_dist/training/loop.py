@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from flamingo_dist.models.ranges import part
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.checkpoint import CheckpointWriter, load_checkpoint
@@ -149,7 +150,8 @@ class TrainLoop:
     def _iterate(self, number: int) -> tuple[int, bool]:
         """Run step `number` with all that belongs to it; return the steps done and whether to stop."""
         started = time.perf_counter()
-        batches = self.source.next(number)
+        with part("data"):
+            batches = self.source.next(number)
         data_seconds = time.perf_counter() - started
         result = self.step.run(
             number,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flamingo_dist.models.init import tag_of
+from flamingo_dist.models.ranges import part
 from flamingo_dist.parallel.topology import MegatronMPU, Topology
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import TrainConfig
@@ -116,7 +117,8 @@ class TrainStep:
         summed = torch.stack(sums)
         dist.all_reduce(summed, group=MegatronMPU().get_data_parallel_group())
         backward_done = time.perf_counter()
-        grad_norm, applied = self._update()
+        with part("optimizer"):
+            grad_norm, applied = self._update()
         self._count_skips(step, applied)
         return StepResult(
             step=step,

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,8 @@ from jobs.bench.shapes import OPS
 
 NETWORKS = ("3b", "9b", "80b-tp8", "3b-idefics", "9b-idefics")
 """Of `jobs.bench.networks`, which needs megatron-core; a test compares them."""
+RECOMPUTE: dict[str, "bool | Literal['selective']"] = {"none": False, "selective": "selective", "all": True}
+"""Activation checkpointing by its name here."""
 LEVELS = (*sweep.LEVELS, "step")
 NO_GPU = "No CUDA device here, so nothing is timed. Roofline (arithmetic from shapes, ceilings of an H100):"
 
@@ -60,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
+    step.add_argument("--compiled", action="store_true", help="also with the frozen blocks compiled")
+    step.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="none",
+        help="activation checkpointing of ours; default: none",
+    )
+    step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
+    step.add_argument(
+        "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
+    )
     losses = _command(commands, "losses", _losses, "short training run against the CPU's references")
     losses.add_argument("--steps", type=int, default=5, help="default: 5")
     written = commands.add_parser("page", help="write the page from results")
@@ -169,14 +183,25 @@ def _step(given: argparse.Namespace) -> int:
     _need_megatron()
     from jobs.bench.step import StepConfig, lines, run_step
 
-    results = run_step(
-        StepConfig(
-            device=device, networks=given.networks, tiny=given.tiny, layers=given.layers, rows=given.rows
-        )
+    config = StepConfig(
+        device=device,
+        networks=given.networks,
+        tiny=given.tiny,
+        layers=given.layers,
+        rows=given.rows,
+        pixels=given.pixels,
+        recompute=RECOMPUTE[given.recompute],
+        compiled=given.compiled,
+        profile=given.out if given.profile else None,
     )
-    rows.write_json(results, given.out / "step.json")
-    for line in lines(results.rows):
-        print(line, flush=True)
+    path = given.out / ("step-pixels.json" if given.pixels else "step.json")
+
+    def after_row(results: rows.Results) -> None:
+        rows.write_json(results, path)
+        for line in lines(results.rows[-1:]):
+            print(line, flush=True)
+
+    results = run_step(config, after_row)
     return 1 if any(row.status == "refused" for row in results.rows) else 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
@@ -162,6 +163,12 @@ def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
     )
 
 
+def with_encoder(config: FlamingoConfig) -> FlamingoConfig:
+    """Return `config` with the paper's encoder, NFNet-F6 in bf16 with random weights, in place of the stand-in."""
+    size = config.vision.image_size
+    return replace(config, vision=VisionConfig(name="nfnet-f6", image_size=size, dtype="bfloat16"))
+
+
 def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_init: float) -> FlamingoConfig:
     """Return `config` with the kernels' implementation and the initial gates set."""
     return replace(
@@ -171,14 +178,16 @@ def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_ini
     )
 
 
-def build(config: FlamingoConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Flamingo:
+def build(
+    config: FlamingoConfig, dtype: torch.dtype, device: torch.device, seed: int, recompute: Recompute = False
+) -> Flamingo:
     """Return the network on `device`, filled from its parameters' names and the seed alone.
 
     Megatron's groups must be initialised (`one_process`).
     """
     from flamingo_dist.models.init import draw, tag_of
 
-    model = Flamingo(config, dtype=dtype)
+    model = Flamingo(config, dtype=dtype, activation_checkpointing=recompute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = draw(name, tag_of(parameter), parameter.shape, seed=seed, tp_rank=0, tp_size=1)

@@ -8,6 +8,7 @@ make bench                                    # flamingo bench kernels: everythi
 flamingo bench kernels --budget-seconds 240   # the most important shapes first, the rest left
 flamingo bench kernels --ops gated_xattn --levels core --shapes 9B
 flamingo bench step --networks 9b 80b-tp8     # the step level alone, other sizes
+flamingo bench step --networks 3b --pixels --profile   # where the time goes, vision encoder included
 flamingo bench losses                         # a short fp32 training run against the same run on the CPU
 flamingo bench page benchmarks/results/*.json --page docs/benchmarks.md
 make gpu-check                                # kernel tests on the GPU and all of the above, in under nine minutes
@@ -18,6 +19,13 @@ step and losses also need megatron-core (its wheel with einops and PyYAML is eno
 a GPU `flamingo bench kernels` says so and prints the roofline; `--device cpu --tiny` sends tiny shapes through the
 whole path, from the checks to a page, to test the benchmark itself. Results are `kernels.csv` and `kernels.json`
 (GPU, versions and commit in every line), `kernels.png` and this page.
+
+`flamingo bench step --profile` runs torch's profiler over three warm steps of each of our contenders and writes
+`profile.csv` and `profile.md` (time by part of the network, forward, backward and recomputation apart, and the 25 most
+expensive operators) and a Chrome trace each. The parts are ranges in the training code
+(`flamingo_dist.models.ranges`), which Nsight Systems shows too under `torch.autograd.profiler.emit_nvtx`; without a
+profiler they cost 0.1 us. `--pixels` sends images through NFNet-F6 instead of starting from features; `--compiled` adds
+our step with the frozen blocks under torch.compile (`parallel.compile_frozen`).
 """
 
 MEASURED = """

@@ -6,11 +6,14 @@ Everything in one process without DeepSpeed: what ZeRO moves between GPUs is not
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.ranges import part
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.flops import dataset_flops
 from flamingo_dist.planning.workload import DatasetShape
 from flamingo_dist.training.batch import TrainBatch
@@ -25,8 +28,10 @@ from jobs.bench.networks import (
     make_batch,
     network,
     one_process,
+    with_encoder,
     with_implementation,
 )
+from jobs.bench.profiling import Line, profile_step, write_profile
 from jobs.bench.rows import Results, Row, environment
 from jobs.bench.timing import Clock, matmul_rate
 from kernels.config import can_launch
@@ -35,6 +40,8 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest relative difference of the first loss between implementations; beyond it nothing is timed."""
 TINY = ("smoke", "smoke-idefics")
 """Networks of a machine without a GPU."""
+COMPILED = "frozen blocks compiled"
+"""With Triton where it can run, and torch.compile for what is frozen."""
 _OURS = ("reference", "triton")
 
 
@@ -56,6 +63,29 @@ class StepConfig:
     """Text tokens of a sample."""
     media: int = 5
     """Images of a sample, 100 features each."""
+    pixels: bool = False
+    """Images go through the paper's encoder, instead of ready features; not with IDEFICS' networks."""
+    recompute: Recompute = False
+    """Activation checkpointing of our network; IDEFICS' keeps everything."""
+    compiled: bool = False
+    """Run a contender with compiled frozen blocks, too."""
+    profile: Path | None = None
+    """Folder for the profile of each of our steps; None makes none."""
+
+    def __post_init__(self) -> None:
+        """Reject networks that have no encoder."""
+        without = [name for name in self.networks if name in IDEFICS]
+        if self.pixels and not self.tiny and without:
+            raise ValueError(
+                f"--pixels, but {', '.join(without)} takes ready features: name other --networks."
+            )
+
+    @property
+    def chosen(self) -> Sequence[str]:
+        """Return the names of the networks that run."""
+        if not self.tiny:
+            return self.networks
+        return [name for name in TINY if not (self.pixels and name in IDEFICS)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,8 +95,10 @@ class StepConfig:
     def size(self, model: FlamingoConfig) -> BatchConfig:
         """Return the size of the batch for a network."""
         if self.tiny:
-            return BatchConfig(rows=1, length=6, media=1, features=model.vision.num_features)
-        return BatchConfig(rows=self.rows, length=self.length, media=self.media, features=100)
+            features = 0 if self.pixels else model.vision.num_features
+            return BatchConfig(rows=1, length=6, media=1, features=features)
+        features = 0 if self.pixels else 100
+        return BatchConfig(rows=self.rows, length=self.length, media=self.media, features=features)
 
     def model(self, name: str) -> FlamingoConfig:
         """Return the network `name`, gates open so that what is behind them decides the loss."""
@@ -74,33 +106,43 @@ class StepConfig:
         layers = self.layers
         if layers is None:
             layers = max(4, group.cross_every) if not self.tiny else None
-        return with_implementation(network(name, layers), "reference", gate_init=0.5)
+        found = with_implementation(network(name, layers), "reference", gate_init=0.5)
+        return with_encoder(found) if self.pixels and not self.tiny else found
 
 
-def run_step(config: StepConfig) -> Results:
-    """Return one row for each network and contender, with tokens a second and useful MFU."""
+def run_step(config: StepConfig, after_row: Callable[[Results], None] = lambda _: None) -> Results:
+    """Return one row for each network and contender, with tokens a second and useful MFU.
+
+    Args:
+        config: what to measure.
+        after_row: called with all rows so far after each, so that a time limit from outside costs the last alone.
+    """
     clock = Clock(config.device, budget_ms=5_000.0, min_repeats=3, max_repeats=30)
     if config.tiny:
         clock = Clock(config.device, budget_ms=1.0, min_repeats=2, max_repeats=2)
     peak = matmul_rate(clock, config.dtype)
-    rows: list[Row] = []
-    with one_process(config.device):
-        for name in TINY if config.tiny else config.networks:
-            contenders = (*_OURS, idefics.NAME) if name in IDEFICS else _OURS
-            rows += _compare(config, name, contenders, clock, peak)
     about = environment(
         config.device,
         matmul_tflop_per_s=peak / 1e12,
         dtype=str(config.dtype).removeprefix("torch."),
     )
-    return Results(environment=about, rows=rows)
+    results = Results(environment=about, rows=[])
+    lines: list[Line] = []
+    with one_process(config.device):
+        for name in config.chosen:
+            contenders = [*_OURS, *((idefics.NAME,) if name in IDEFICS else ())]
+            if config.compiled:
+                contenders.append(COMPILED)
+            for row in _compare(config, name, contenders, clock, peak, lines):
+                results.rows.append(row)
+                after_row(results)
+    return results
 
 
 def _compare(
-    config: StepConfig, name: str, contenders: Sequence[str], clock: Clock, peak: float
-) -> list[Row]:
-    """Return a network's rows; whose first loss is not the first contender's gets no speed."""
-    rows: list[Row] = []
+    config: StepConfig, name: str, contenders: Sequence[str], clock: Clock, peak: float, lines: list[Line]
+) -> Iterator[Row]:
+    """Yield a network's rows; whose first loss is not the first contender's gets no speed. Profiles go into `lines`."""
     first: float | None = None
     for contender in contenders:
         blank = _blank(config, name, contender)
@@ -108,22 +150,30 @@ def _compare(
             step = _Step(config, name, contender)
             loss = float(step())
         except LeftOutError as reason:
-            rows.append(replace(blank, reason=str(reason)))
+            yield replace(blank, reason=str(reason))
             continue
         except torch.cuda.OutOfMemoryError:
-            rows.append(replace(blank, reason="out of memory: fewer --layers or --rows"))
+            yield replace(blank, reason="out of memory: fewer --layers or --rows")
             continue
         finally:
             _release(config.device)
         first = loss if first is None else first
         difference = abs(loss - first) / abs(first)
         if difference <= AGREEMENT[config.dtype]:
-            rows.append(_timed(replace(blank, worst_error=difference), config, step, clock, peak))
+            yield _timed(replace(blank, worst_error=difference), config, step, clock, peak)
+            if config.profile is not None and contender != idefics.NAME:
+                lines += profile_step(
+                    step.fetch_and_run,
+                    network=name,
+                    contender=contender,
+                    device=config.device,
+                    folder=config.profile,
+                )
+                write_profile(lines, config.profile)
         else:
             why = f"first loss {loss:.5f}, the reference's {first:.5f}"
-            rows.append(replace(blank, status="refused", reason=why, worst_error=difference))
+            yield replace(blank, status="refused", reason=why, worst_error=difference)
         del step
-    return rows
 
 
 def _release(device: torch.device) -> None:
@@ -136,8 +186,11 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
     model = config.model(name)
     size = config.size(model)
     sizes = f"layers={model.lm.num_layers} batch={size.rows} rows={size.length} images={size.media}"
+    if config.recompute and contender != idefics.NAME:
+        sizes += f" recompute={config.recompute}"
     return Row(
-        level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender, ours=contender == "triton",
+        level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
+        ours=contender in ("triton", COMPILED),
         mode="step", dtype=str(config.dtype).removeprefix("torch."), status="left out",
     )  # fmt: skip
 
@@ -146,18 +199,27 @@ class _Step:
     """One optimizer step of a network on a batch that stays; a call returns the loss, 0-dim."""
 
     def __init__(self, config: StepConfig, name: str, contender: str) -> None:
-        if contender == "triton" and not can_launch(torch.empty(1, device=config.device)):
+        launches = can_launch(torch.empty(1, device=config.device))
+        if contender == "triton" and not launches:
             raise LeftOutError(
                 "Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start"
             )
         self.config = config.model(name)
         if contender in _OURS:
             self.config = with_implementation(self.config, contender, gate_init=0.5)
+        elif contender == COMPILED and launches:
+            self.config = with_implementation(self.config, "triton", gate_init=0.5)
         self.size = config.size(self.config)
-        ours = build(self.config, config.dtype, config.device, seed=0)
+        ours = build(self.config, config.dtype, config.device, seed=0, recompute=config.recompute)
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
-        batch = make_batch(self.config, self.size, seed=0).to(config.device)
-        self.batch: TrainBatch = replace(batch, media=batch.media.to(config.dtype))
+        if contender == COMPILED:
+            ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")
+        batch = make_batch(self.config, self.size, seed=0)
+        if self.size.features:
+            batch = replace(batch, media=batch.media.to(config.dtype))
+        self.device = config.device
+        self.on_host = batch.pinned() if config.device.type == "cuda" else batch
+        self.batch: TrainBatch = batch.to(config.device)
         self.targets_BT, self.tokens = batch.targets(), batch.num_loss_tokens()
         # The same optimizer on the same numbers of weights; which of them decay costs nothing.
         self.optimizer = make_optimizer(self.network.named_parameters(), OptimizerConfig(lr=1e-4))
@@ -165,9 +227,16 @@ class _Step:
     def __call__(self) -> Tensor:
         loss = self._loss_sum() / self.tokens
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with part("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def fetch_and_run(self) -> Tensor:
+        """Copy the batch from the host and run a step on it, as training does."""
+        with part("data"):
+            self.batch = self.on_host.to(self.device)
+        return self()
 
     def _loss_sum(self) -> Tensor:
         batch = self.batch
@@ -188,8 +257,9 @@ class _Step:
         """Return the operations that a step needs: forward and backward, nothing computed twice."""
         size = self.size
         shape = DatasetShape(
-            name="bench", rows=size.rows, tokens=size.length, media=size.media, frames=1, pixels=False
-        )
+            name="bench", rows=size.rows, tokens=size.length, media=size.media, frames=1,
+            pixels=size.features == 0,
+        )  # fmt: skip
         parts = dataset_flops(self.config, shape, checkpointing=False)
         return sum(part.useful for part in parts.values())
 

@@ -1,7 +1,7 @@
 """What every vision encoder offers, and the convolution of the frozen ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
@@ -54,6 +54,21 @@ class VisionEncoder(nn.Module, ABC):
         """
         super()._apply(lambda tensor: tensor.to(device=fn(tensor).device), recurse)
         return self
+
+    def repeated_blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks that most of the work is in; none where there are no such blocks."""
+        return ()
+
+    def compile_blocks(self, backend: str) -> None:
+        """Let torch.compile make kernels of each of `repeated_blocks`.
+
+        A sub-batch's number of images varies; after the second number torch.compile takes it for a variable.
+
+        Args:
+            backend: of torch.compile.
+        """
+        for block in self.repeated_blocks():
+            block.compile(backend=backend)
 
     @abstractmethod
     def encode(self, pixels_N3HW: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """EfficientNet-Lite0 as a frozen encoder, BatchNorm folded into the convolutions."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,10 @@ class EfficientNetLite0(VisionEncoder):
                 blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
         self.head = convs.make("_conv_head", "_bn1")
+
+    def repeated_blocks(self) -> Iterable[nn.Module]:
+        """Return the inverted bottlenecks."""
+        return self.blocks
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, 1280] of uint8 pixels [N, 3, H, W]."""

@@ -4,7 +4,7 @@ What training needs is folded away once, at construction: the standardisation of
 activation's constant and the blocks' beta, which are factors of what the next convolution reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class NFNet(VisionEncoder):
         )
         self.blocks = nn.ModuleList(_Block(block, parts) for block in shape.blocks())
         self.final = parts.conv("final_conv", shape.final, 1.0)
+
+    def repeated_blocks(self) -> Iterable[nn.Module]:
+        """Return the residual blocks."""
+        return self.blocks
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""

@@ -1,6 +1,6 @@
 """CLIP, SigLIP and DINOv2 as frozen encoders, through transformers' own classes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,11 @@ class ViTEncoder(VisionEncoder):
         self._adds_norm = wanted and not shape.norm_of_last_hidden_state
         if shape.norm_of_last_hidden_state and not wanted:
             setattr(self.model, "layernorm" if shape.name == "dinov2" else "post_layernorm", nn.Identity())
+
+    def repeated_blocks(self) -> Iterable[nn.Module]:
+        """Return the transformer's blocks: the one long list of modules that transformers' encoders have."""
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=len)
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, S, C] of uint8 pixels [N, 3, H, W]: the class token if it is wanted, then patches."""

@@ -52,7 +52,7 @@ def linear(found):
     return sum(found[name] for name in ("mm", "addmm", "convolution", "convolution_backward"))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("activation", ["sqrelu", "silu_gated"])
 def test_linear_layers_equal_torchs_counter(checkpointing, activation):
     base = network()

@@ -94,6 +94,24 @@ def test_checkpointing_trades_memory_for_time():
         assert kept.hfu >= kept.useful_mfu
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_selective_checkpointing_lies_between_the_two(name):
+    work = work_of(name)
+    plans = {}
+    for value in (False, "selective", True):
+        parallel = replace(work.parallel, activation_checkpointing=value)
+        plan = make_plan(replace(work, parallel=parallel), machine(64))
+        plans[value] = {(x.tp, x.residency): x for x in plan.layouts + plan.too_large}
+    for key, selective in plans["selective"].items():
+        kept, again = plans[False][key], plans[True][key]
+        assert again.memory["activations"] < selective.memory["activations"] < kept.memory["activations"]
+        # Layouts whose traffic hides all computation take equally long.
+        assert again.step_seconds >= selective.step_seconds >= kept.step_seconds
+        assert again.seconds["gated"] > selective.seconds["gated"] == kept.seconds["gated"]
+        assert again.seconds["lm"] == selective.seconds["lm"] > kept.seconds["lm"]
+        assert again.hfu - again.useful_mfu > selective.hfu - selective.useful_mfu
+
+
 def test_what_would_fit_is_true():
     work = work_of("flamingo_80b")
     assert not make_plan(work, machine(8)).layouts

@@ -67,8 +67,11 @@ LAYOUTS = [
         (4, 2, 2, "resident", True),
         (4, 2, 3, "resident", False),
         (4, 2, 3, "partitioned", True),
+        (2, 2, 1, "resident", "selective"),
+        (4, 2, 3, "partitioned", "selective"),
     ]
 ]
+LAYOUTS.append((2, 2, ParallelConfig(tensor=2, zero_stage=2, split_vision=True)))
 
 
 @pytest.mark.distributed
@@ -76,7 +79,7 @@ LAYOUTS = [
     ("world", "tensor", "parallel"),
     LAYOUTS,
     ids=lambda v: (
-        f"zero{v.zero_stage}-{v.frozen}{'-ckpt' * v.activation_checkpointing}"
+        f"zero{v.zero_stage}-{v.frozen}-{v.activation_checkpointing}"
         if isinstance(v, ParallelConfig)
         else None
     ),
