@@ -127,6 +127,7 @@ class RunConfig:
         """Check what no part can check alone, before any process starts."""
         topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
         topology.check_divisible(self.model.tensor_sizes())
+        self.parallel.check_storage(self.model.lm.weight_storage)
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
             dataset.local_batch_size(topology.data)
@@ -167,6 +168,8 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
+        if self.model.lm.weight_storage == "same":
+            del whole["model"]["lm"]["weight_storage"]  # checkpoints from before the setting stay valid
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

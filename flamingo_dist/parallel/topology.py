@@ -37,6 +37,18 @@ class ParallelConfig:
                 "lower stages keep every parameter whole. Set parallel.frozen='resident'."
             )
 
+    def check_storage(self, weight_storage: str) -> None:
+        """Check that frozen weights can live where they should in the storage that the LM's configuration asks for.
+
+        Raises:
+            ValueError: ZeRO-3 would have to partition quantised weights.
+        """
+        if weight_storage != "same" and self.frozen == "partitioned":
+            raise ValueError(
+                f"model.lm.weight_storage={weight_storage!r} needs parallel.frozen='resident': ZeRO-3 partitions "
+                "parameters of the run's dtype alone. Set parallel.frozen='resident', or weight_storage='same'."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
