@@ -20,7 +20,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Largest code: what the largest value of a channel becomes."""
 CODES: dict[WeightStorage, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Dtype of the codes by the name of the storage."""
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """Values quantised at a time, for small temporaries."""
 
 
@@ -54,10 +54,14 @@ class QuantisedWeight(nn.Module):
             dist.all_reduce(peak_O, op=dist.ReduceOp.MAX, group=group)
         if not bool(peak_O.isfinite().all()):
             raise ValueError(f"a weight has values that are not finite; {storage} cannot hold them.")
-        scale_O = torch.where(peak_O > 0, peak_O / LARGEST[dtype], 1.0)
+        scale_O = peak_O / LARGEST[dtype]
+        scale_O = torch.where(scale_O >= torch.finfo(torch.float32).tiny, scale_O, 1.0)  # an empty channel
         codes_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
         for part, scale, codes in zip(parts, scale_O.split(rows), codes_OI.split(rows), strict=True):
-            codes.copy_(_codes(part.float() / scale[:, None], dtype))
+            scaled = part / scale[:, None]  # fp32
+            if dtype == torch.int8:
+                scaled.round_()
+            codes.copy_(scaled.clamp_(-LARGEST[dtype], LARGEST[dtype]))
         self.register_buffer("codes_OI", codes_OI, persistent=False)
         self.register_buffer("scale_O", scale_O, persistent=False)
 
@@ -79,13 +83,6 @@ class QuantisedWeight(nn.Module):
     def dequantised(self) -> Tensor:
         """Return the matrix that the products are with, fp32 [O, I]."""
         return self.codes_OI.float() * self.scale_O[:, None]
-
-
-def _codes(scaled_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest codes of values [O, I] that are already divided by their scale."""
-    limit = LARGEST[dtype]
-    rounded = scaled_OI.round() if dtype == torch.int8 else scaled_OI
-    return rounded.clamp(-limit, limit).to(dtype)
 
 
 class _Product(torch.autograd.Function):
