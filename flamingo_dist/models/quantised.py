@@ -1,8 +1,9 @@
 """Frozen matrices of one byte a value: int8 or fp8 codes with one scale an output channel.
 
-Weight-only: activations and gradients keep their dtype, the codes become it where they are used, in the forward and again
-in the backward, so that no copy of a weight lives between the two. Codes of both kinds are exact in bf16, and the
-scale multiplies the product, not the matrix: what is computed is the product with `codes * scale`, which nobody makes.
+Weight-only: activations and gradients keep their dtype. The codes become it where they are used, in the forward and
+again in the backward, so that no copy of a weight lives between the two. Codes of both kinds are exact in bf16, and
+the scale multiplies the product, not the matrix: what is computed is the product with `codes * scale`, which nobody
+makes.
 """
 
 from collections.abc import Callable
