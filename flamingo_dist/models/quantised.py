@@ -72,11 +72,14 @@ class QuantisedWeight(nn.Module):
         return self
 
     def forward(self, x: Tensor, *, sum_grad: bool) -> Tensor:
-        """Return the product of x, floating [..., I], and the matrix: [..., O], dtype of x.
+        """Return the product with the matrix.
 
         Args:
-            x: the input.
+            x: the input, floating [..., I].
             sum_grad: whether to sum the input's gradient over the tensor-parallel group.
+
+        Returns:
+            [..., O], dtype of x.
         """
         product: Tensor = _Product.apply(x, self.codes_OI, self.scale_O, sum_grad)
         return product

@@ -87,7 +87,9 @@ def fake_run(
 ) -> Followed:
     topology = Topology(world=world, rank=rank, tensor=parallel.tensor)
     with small_buckets():
-        return dry_run(work_of(parallel, dtype, storage), tiny.train_config(dtype=dtype), topology, like_gpu=False)
+        return dry_run(
+            work_of(parallel, dtype, storage), tiny.train_config(dtype=dtype), topology, like_gpu=False
+        )
 
 
 CASES = [
