@@ -1,7 +1,7 @@
 """What int8 and fp8 cost a real LM: `python -m tests.flamingo_dist.models.measure_storage [GGUF] [FILE...]`.
 
-Losses of the bare LM on text, by default SmolLM2 from the demo's cache on pages of this repository, and how far its next-token
-distributions move.
+Losses of the bare LM on text, by default SmolLM2 from the demo's cache on pages of this repository, and how far its
+next-token distributions move.
 """
 
 import sys
