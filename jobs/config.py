@@ -152,6 +152,7 @@ class RunConfig:
         """Check what no part can check alone, before any process starts."""
         topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
         topology.check_divisible(self.model.tensor_sizes())
+        self.parallel.check_storage(self.model.lm.weight_storage)
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
             dataset.local_batch_size(topology.data)
@@ -212,10 +213,11 @@ class RunConfig:
         del train["steps"]  # a longer run is the same run
         del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
+        # Settings from before which there are checkpoints.
         if not self.model.lm.further_tokens:
-            del whole["model"]["lm"][
-                "further_tokens"
-            ]  # checkpoints from before there was such a setting go on
+            del whole["model"]["lm"]["further_tokens"]
+        if self.model.lm.weight_storage == "same":
+            del whole["model"]["lm"]["weight_storage"]
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from flamingo_dist.models.lm_config import WeightStorage
 from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.hardware import GPUS, Assumptions
 from flamingo_dist.planning.picture import draw_plan
@@ -40,6 +41,8 @@ class PlanArguments:
     """Activation checkpointing (True, False or selective), in place of the recipe's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage, in place of the recipe's."""
+    weight_storage: WeightStorage | None = None
+    """What the frozen LM's matrices are kept in, in place of the recipe's."""
     assume: Assumptions = field(default_factory=Assumptions)
     """Efficiencies that seconds are computed from."""
     picture: Path | None = None
@@ -110,11 +113,14 @@ def resolve(work: Workload, given: PlanArguments) -> tuple[Workload, Machine]:
         parallel = replace(parallel, activation_checkpointing=given.checkpointing)
     if given.zero_stage is not None:
         parallel = replace(parallel, zero_stage=given.zero_stage, frozen="resident")
+    model = scaled.model
+    if given.weight_storage is not None:
+        model = replace(model, lm=replace(model.lm, weight_storage=given.weight_storage))
     gpu = GPUS[given.gpu]
     if given.memory_gib is not None:
         gpu = replace(gpu, memory_gib=given.memory_gib)
     machine = Machine(gpu=gpu, gpus=given.gpus, gpus_per_node=given.gpus_per_node, assumptions=given.assume)
-    return replace(scaled, parallel=parallel), machine
+    return replace(scaled, model=model, parallel=parallel), machine
 
 
 def show(result: Plan, machine: Machine, advice: list[str], *, title: str) -> None:

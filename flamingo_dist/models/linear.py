@@ -11,11 +11,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 
-from flamingo_dist.models.init import tag
+from flamingo_dist.models.init import tag, tag_of
+from flamingo_dist.models.lm_config import WeightStorage
+from flamingo_dist.models.quantised import QuantisedWeight
 
 
 def tp_size() -> int:
@@ -68,9 +71,17 @@ class ColumnLinear(ColumnParallelLinear):
 
     # megatron-core's None entries would put a "..._extra_state" key beside every weight of a checkpoint.
     get_extra_state = nn.Module.get_extra_state
+    quantised: QuantisedWeight | None
+    """In place of `weight`, where the layer is frozen and stored so (`quantise_`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("quantised", None)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in] to shape [..., out / tp size]."""
+        if self.quantised is not None:
+            return _with_bias(self, self.quantised(input_, sum_grad=self.allreduce_dgrad))
         if torch.compiler.is_compiling():
             x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
             bias = None if self.skip_bias_add else self.bias
@@ -89,9 +100,19 @@ class RowLinear(RowParallelLinear):
     """
 
     get_extra_state = nn.Module.get_extra_state
+    quantised: QuantisedWeight | None
+    """In place of `weight`, where the layer is frozen and stored so (`quantise_`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("quantised", None)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
+        if self.quantised is not None:
+            part = self.quantised(input_, sum_grad=False)
+            cut = self.input_size_per_partition != self.input_size
+            return _with_bias(self, reduce_from_tensor_model_parallel_region(part) if cut else part)
         if torch.compiler.is_compiling():
             summed = sum_over_tp(F.linear(input_, self.weight))
             if self.bias is None or self.skip_bias_add:
@@ -102,6 +123,29 @@ class RowLinear(RowParallelLinear):
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
         return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+
+
+def _with_bias(layer: ColumnLinear | RowLinear, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return output [..., out] and the bias, added or, where the layer says so, beside it."""
+    if layer.skip_bias_add or layer.bias is None:
+        return output, layer.bias if layer.skip_bias_add else None
+    return output + layer.bias, None
+
+
+def quantise_(layer: nn.Module, storage: WeightStorage, device: torch.device) -> None:
+    """Put a `QuantisedWeight` on `device` in the place of a frozen layer's weight; leave any other module as it is.
+
+    A collective of the tensor-parallel group, which goes through its modules in one order.
+
+    Raises:
+        ValueError: the weight has values that are not finite.
+    """
+    if not isinstance(layer, ColumnLinear | RowLinear) or layer.weight.requires_grad:
+        return
+    inputs_cut = tag_of(layer.weight).partition_dim == 1
+    weight = layer.weight.detach().to(device)
+    del layer.weight
+    layer.quantised = QuantisedWeight(weight, storage, inputs_cut=inputs_cut)
 
 
 def _three_axes(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Naming = Literal["llama", "opt", "gpt2", "mpt", "mosaic_gpt"]
+WeightStorage = Literal["same", "int8", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,9 @@ class LMConfig:
     """A `.gguf` file, or a folder of Hugging Face safetensors at any fsspec URL; None draws random frozen weights."""
     naming: Naming = "llama"
     """Whose tensor names the published weights have; Qwen's are LLaMA's."""
+    weight_storage: WeightStorage = "same"
+    """What the blocks' matrices are kept in: the run's dtype, or one byte a value and one fp32 scale an output channel,
+    int8 or fp8 (e4m3). Matrix products stay in the run's dtype. Needs parallel.frozen="resident"."""
 
     extra_like: tuple[int | None, int | None] = (None, None)
     """Ids whose published rows `<image>` and `<EOC>` start from; None starts near the mean of all rows. A token
@@ -124,7 +128,7 @@ class LMConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels.")
         if self.positions == "relative" and self.width % 2:
             raise ValueError(f"width {self.width} is odd: relative positions need pairs of sine and cosine.")
-        for name in ("activation", "norm", "bias", "qk_norm", "positions", "naming"):
+        for name in ("activation", "norm", "bias", "qk_norm", "positions", "naming", "weight_storage"):
             allowed = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {allowed}.")

@@ -93,7 +93,11 @@ def building(parallel: ParallelConfig, config: dict[str, Any]) -> Iterator[None]
         yield
 
 
-def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
+def fill_parameters(
+    model: nn.Module,
+    value_of: Callable[[str, nn.Parameter], Tensor],
+    filled: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Fill every parameter, whole or partitioned, module by module.
 
     Args:
@@ -101,8 +105,9 @@ def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Te
         value_of: gives a parameter's values on this tensor-parallel rank from its full name and itself (whole
             at the time of the call). It must not depend on the data-parallel rank: under ZeRO-3 the first
             rank's values are broadcast.
+        filled: called with each module when its own parameters are filled; it may put something in their place.
     """
-    for prefix, module in model.named_modules():
+    for prefix, module in list(model.named_modules()):
         named = {f"{prefix}.{n}" if prefix else n: p for n, p in module.named_parameters(recurse=False)}
         partitioned = [p for p in named.values() if hasattr(p, "ds_id")]
         is_source = not partitioned or parallel_state.get_data_parallel_rank() == 0
@@ -111,6 +116,9 @@ def fill_parameters(model: nn.Module, value_of: Callable[[str, nn.Parameter], Te
                 for name, param in named.items():
                     with torch.no_grad():
                         param.copy_(value_of(name, param))
+        named.clear()  # nothing else holds a parameter that `filled` takes away
+        if filled is not None:
+            filled(module)
 
 
 def make_frozen_resident(model: nn.Module, dtype: torch.dtype | None = None) -> None:

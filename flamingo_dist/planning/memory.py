@@ -3,7 +3,7 @@
 from typing import Literal
 
 from flamingo_dist.planning.gathers import replay
-from flamingo_dist.planning.parameters import count_parameters
+from flamingo_dist.planning.parameters import ParameterCounts, count_parameters
 from flamingo_dist.planning.vision import vision_working_bytes
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
@@ -29,13 +29,21 @@ def state_memory(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
     plain = stage == 0 and size == 4  # torch's optimizer on the parameters themselves, no master copy
     return {
         "vision": float(counts.vision * vision_size),
-        "frozen": counts.frozen_lm * size / (dp if residency == "partitioned" else 1),
+        "frozen": frozen_bytes(work, counts) / (dp if residency == "partitioned" else 1),
         "trainable": trainable * size / (dp if stage == 3 else 1),
         "gradients": trainable * 4 / (dp if stage >= 2 else 1),
         "optimizer": trainable * (8 if plain else 12) / (dp if stage >= 1 else 1),
         "reduce_buckets": float(REDUCE_BUCKET * 4) if stage >= 2 else 0.0,
         "batches": float(sum(batch_bytes(work, data, dp) for data in work.datasets)),
     }
+
+
+def frozen_bytes(work: Workload, counts: ParameterCounts) -> int:
+    """Return the bytes of the frozen LM on a tensor-parallel rank, in its storage: one byte a value, fp32 scales."""
+    size = work.bytes_per_value
+    if work.model.lm.weight_storage == "same":
+        return counts.frozen_lm * size
+    return counts.lm_matrices + 4 * counts.lm_channels + (counts.frozen_lm - counts.lm_matrices) * size
 
 
 def batch_bytes(work: Workload, data: DatasetShape, dp: int) -> float:
@@ -151,6 +159,8 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     else:
         blocks = model.lm.num_layers * lm + len(model.gated_positions()) * gated
         working = 4 * stream
+    if model.lm.weight_storage != "same":  # one matrix at a time stands in the run's dtype
+        working += count_parameters(model, tp).largest_matrix * size
     vocabulary = n_tokens * model.lm.vocab_size / tp
     return {
         "kept": blocks + resampler_bytes(work, n_media, data.frames, tp),

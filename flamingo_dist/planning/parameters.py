@@ -30,6 +30,12 @@ class ParameterCounts:
     """One LM block."""
     gated_block: int
     """One gated block."""
+    lm_matrices: int
+    """Of `lm_blocks`, the matrices, which `LMConfig.weight_storage` may keep in one byte a value."""
+    lm_channels: int
+    """Output channels of those matrices; each has a scale then."""
+    largest_matrix: int
+    """The largest of those matrices."""
 
     @property
     def trainable(self) -> int:
@@ -52,6 +58,7 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
     lm, gated = model.lm, gated_block(model.gated, tp)
     block = lm_block(lm, tp)
     vocabulary = padded_vocab_size(lm.vocab_size, tp) // tp * lm.width
+    matrices = lm_matrices(lm, tp)
     return ParameterCounts(
         vision=vision_values(model.vision),
         resampler=resampler(model.resampler, tp),
@@ -61,6 +68,9 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
         vocabulary=vocabulary * (1 if lm.tied else 2),
         lm_block=block,
         gated_block=gated,
+        lm_matrices=lm.num_layers * sum(outputs * inputs for outputs, inputs in matrices),
+        lm_channels=lm.num_layers * sum(outputs for outputs, _ in matrices),
+        largest_matrix=max(outputs * inputs for outputs, inputs in matrices),
     )
 
 
@@ -68,11 +78,21 @@ def _norm(kind: str, width: int) -> int:
     return width * (2 if kind == "layer" else 1)
 
 
+def lm_matrices(lm: LMConfig, tp: int) -> list[tuple[int, int]]:
+    """Return outputs and inputs of a frozen block's matrices on one rank."""
+    queries, keys = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
+    hidden = lm.ffn_width * (2 if lm.gated else 1)
+    found = [((queries + 2 * keys) // tp, lm.width), (lm.width, queries // tp)]
+    found += [(hidden // tp, lm.width), (lm.width, lm.ffn_width // tp)]
+    return found + ([(queries // tp, lm.width)] if lm.positions == "relative" else [])
+
+
 def lm_block(lm: LMConfig, tp: int) -> int:
     """Count one frozen block."""
     queries, keys = lm.num_heads * lm.head_dim, lm.num_kv_heads * lm.head_dim
     hidden = lm.ffn_width * (2 if lm.gated else 1)
-    sharded = (2 * queries + 2 * keys) * lm.width + (hidden + lm.ffn_width) * lm.width
+    matrices = sum(outputs * inputs for outputs, inputs in lm_matrices(lm, tp))
+    sharded = 0
     whole = 2 * _norm(lm.norm, lm.width)
     if lm.bias != "none":
         sharded += queries + 2 * keys
@@ -80,12 +100,12 @@ def lm_block(lm: LMConfig, tp: int) -> int:
         sharded += hidden
         whole += 2 * lm.width  # of the projections that end in a sum over ranks
     if lm.positions == "relative":
-        sharded += queries * lm.width + 2 * queries
+        sharded += 2 * queries
     if lm.qk_norm == "head":
         whole += 2 * _norm(lm.norm, lm.head_dim)
     elif lm.qk_norm == "width":
         sharded += _norm(lm.norm, queries) + _norm(lm.norm, keys)
-    return sharded // tp + whole
+    return matrices + sharded // tp + whole
 
 
 def gated_block(config: GatedBlockConfig, tp: int) -> int:

@@ -83,9 +83,8 @@ def make_plan(work: Workload, machine: Machine, *, budget_tokens: float | None =
     if machine.gpus < 1 or machine.gpus_per_node < 1:
         raise ValueError(f"gpus={machine.gpus} and gpus_per_node={machine.gpus_per_node} must be at least 1.")
     layouts, refused = [], []
-    residencies: tuple[Residency, ...] = (
-        ("resident", "partitioned") if work.parallel.zero_stage == 3 else ("resident",)
-    )
+    whole_only = work.parallel.zero_stage != 3 or work.model.lm.weight_storage != "same"
+    residencies: tuple[Residency, ...] = ("resident",) if whole_only else ("resident", "partitioned")
     for tp in TENSOR_DEGREES:
         reason = _refusal(work, machine, tp)
         if reason:
@@ -194,6 +193,10 @@ def suggestions(work: Workload, machine: Machine) -> list[str]:
         best = make_plan(replace(work, parallel=parallel), machine).layouts
         if best:
             found.append(f"parallel.zero_stage=3 with parallel.frozen={best[0].residency!r}")
+    if work.model.lm.weight_storage == "same":
+        lm = replace(work.model.lm, weight_storage="int8")
+        if make_plan(replace(work, model=replace(work.model, lm=lm)), machine).layouts:
+            found.append("model.lm.weight_storage='int8' (--weight-storage int8)")
     more = (machine.gpus * 2**power for power in range(1, 11))
     for gpus in more:
         if make_plan(work, replace(machine, gpus=gpus)).layouts:

@@ -60,6 +60,11 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
         kept += resampler_bytes(work, n_media, data.frames, tp)
     bandwidth = gpu.hbm_gbs * 1e9 * assumed.hbm
     seconds["elementwise"] = assumed.activation_passes * kept / bandwidth
+    if work.model.lm.weight_storage != "same":
+        # Codes are read and written in the run's dtype, by each forward, recomputation and backward.
+        passes = len(work.datasets) * (3 if work.parallel.activation_checkpointing else 2)
+        matrices = count_parameters(work.model, tp).lm_matrices
+        seconds["dequantise"] = passes * matrices * (1 + work.bytes_per_value) / bandwidth
     state = count_parameters(work.model, tp).trainable * 16 / (dp if work.parallel.zero_stage >= 1 else 1)
     seconds["optimizer"] = assumed.optimizer_passes * state / bandwidth
     return seconds

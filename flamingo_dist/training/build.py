@@ -1,6 +1,7 @@
 """From a configuration to a filled network inside a DeepSpeed engine."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.models.init import ParamTag, draw
+from flamingo_dist.models.linear import quantise_
 from flamingo_dist.models.weights.source import opened_here
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from flamingo_dist.parallel.zero import (
@@ -71,8 +73,10 @@ def build_model(
         ds_config: DeepSpeed's configuration, needed where frozen weights are partitioned.
 
     Raises:
-        ValueError: tensor parallelism does not divide the network, or weights do not fit it.
+        ValueError: tensor parallelism does not divide the network, weights do not fit it, or frozen weights cannot be
+            partitioned in their storage.
     """
+    parallel.check_storage(config.lm.weight_storage)
     topology.check_divisible(config.tensor_sizes())
     if config.lm.weights is None and config.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
@@ -89,7 +93,10 @@ def build_model(
         folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)
         folder.check(model, config.lm.vocab_size)
         values = folder.values(values)
-    fill_parameters(model, values)
+    storage = config.lm.weight_storage
+    # As soon as a matrix is filled: memory holds one layer in the run's dtype beside those in the storage.
+    to_storage = None if storage == "same" else partial(quantise_, storage=storage, device=world_device())
+    fill_parameters(model, values, to_storage)
     if parallel.frozen == "resident":
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)

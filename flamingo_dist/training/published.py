@@ -39,6 +39,7 @@ class PublishedWeights:
         if hasattr(param, "ds_id") or self.topology.data == 1:
             return self._read(name, param.shape)
         if self.topology.data_rank == 0:
+            # GPT-2's matrices are read as views of transposed ones, and a broadcast sends memory as it lies.
             value = self._read(name, param.shape).to(world_device(), param.dtype).contiguous()
         else:
             value = torch.empty(param.shape, dtype=param.dtype, device=world_device())

@@ -182,6 +182,19 @@ def test_identity_ignores_what_changes_no_number():
         assert replace(config, **{part: value}).fingerprint() != config.fingerprint()
 
 
+def test_partitioned_weights_in_int8_are_refused():
+    config = smoke()
+    assert config.parallel.frozen == "partitioned"
+    lm = replace(config.model.lm, weight_storage="int8")
+    with pytest.raises(ValueError, match="Set parallel.frozen='resident', or weight_storage='same'"):
+        replace(config, model=replace(config.model, lm=lm))
+    resident = replace(config, parallel=replace(config.parallel, frozen="resident"))
+    stored = replace(resident, model=replace(config.model, lm=lm))
+    assert stored.fingerprint() != resident.fingerprint()
+    # Checkpoints from before the setting stay valid.
+    assert "weight_storage" not in resident.identity()["model"]["lm"]
+
+
 def test_every_setting_is_documented():
     """A docstring stands under every field of every configuration class that a recipe holds."""
     import ast

@@ -1,13 +1,15 @@
-"""Peak memory of a process that fills one rank's LM: `python -m ...measure_loading FOLDER GAP`."""
+"""Peak memory of a process that fills one rank's LM: `python -m ...measure_loading FOLDER GAP [STORAGE]`."""
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from flamingo_dist.models.linear import quantise_
 from flamingo_dist.models.lm import LanguageModel
-from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.lm_config import LMConfig, WeightStorage
 from flamingo_dist.models.weights import lm_shard, open_lm_weights
 from flamingo_dist.parallel.zero import fill_parameters
 from tests.flamingo_dist.planning.shapes import fake_world
@@ -29,8 +31,9 @@ def peak() -> int:
     return int(found[1]) * 1024
 
 
-def main(folder: str, gap: int) -> None:
+def main(folder: str, gap: int, storage: WeightStorage = "same") -> None:
     config = LMConfig(**{**vars(CONFIG), "weights": folder})
+    quantise = None if storage == "same" else partial(quantise_, storage=storage, device=torch.device("cpu"))
     torch.set_num_threads(1)
     with fake_world(2, 2):
         source = open_lm_weights(config)
@@ -47,9 +50,11 @@ def main(folder: str, gap: int) -> None:
                 if ".extra" in name
                 else lm_shard(source, name, param.shape, config, tp_rank=0, tp_size=2)
             ),
+            quantise,
         )
-        print(peak() - before, sum(p.numel() * p.element_size() for p in lm.parameters()))
+        held = (*lm.parameters(), *lm.buffers())
+        print(peak() - before, sum(t.numel() * t.element_size() for t in held))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

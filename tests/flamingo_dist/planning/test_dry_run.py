@@ -14,6 +14,7 @@ from flamingo_dist.planning.collectives import by_purpose
 from flamingo_dist.planning.dry_run import Followed, dry_run, follow, local_batch
 from flamingo_dist.planning.gathers import Limits, replay
 from flamingo_dist.planning.ledger import Ledger
+from flamingo_dist.planning.memory import state_memory
 from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import DatasetShape, Workload
 from tests import tiny
@@ -28,9 +29,10 @@ DATASETS = (
 )
 
 
-def work_of(parallel: ParallelConfig, dtype: str) -> Workload:
+def work_of(parallel: ParallelConfig, dtype: str, storage: Any = "same") -> Workload:
     size = 4 if dtype == "fp32" else 2
     model = tiny.network(layers=4, every=2, gate_init=0.5)
+    model = replace(model, lm=replace(model.lm, weight_storage=storage))
     # Two images at once, so that data sets differ in how often the encoder runs.
     model = replace(model, vision_batch=4)
     return Workload(model=model, datasets=DATASETS, parallel=parallel, bytes_per_value=size)
@@ -67,8 +69,10 @@ def real_batch(data: DatasetShape, work: Workload, dp: int) -> Any:
     return replace(batch, **filled, media_mask_BM=torch.ones_like(batch.media_mask_BM))
 
 
-def real_run(topology: Topology, parallel: ParallelConfig, dtype: str) -> tuple[Followed, dict[str, float]]:
-    work = work_of(parallel, dtype)
+def real_run(
+    topology: Topology, parallel: ParallelConfig, dtype: str, storage: Any = "same"
+) -> tuple[Followed, dict[str, float]]:
+    work = work_of(parallel, dtype, storage)
     with small_buckets(), Ledger() as ledger:
         batches = {data.name: real_batch(data, work, topology.data) for data in DATASETS}
         for batch in batches.values():
@@ -78,10 +82,14 @@ def real_run(topology: Topology, parallel: ParallelConfig, dtype: str) -> tuple[
     return figures, dict(result.loss)
 
 
-def fake_run(parallel: ParallelConfig, dtype: str, world: int, rank: int = 0) -> Followed:
+def fake_run(
+    parallel: ParallelConfig, dtype: str, world: int, rank: int = 0, storage: Any = "same"
+) -> Followed:
     topology = Topology(world=world, rank=rank, tensor=parallel.tensor)
     with small_buckets():
-        return dry_run(work_of(parallel, dtype), tiny.train_config(dtype=dtype), topology, like_gpu=False)
+        return dry_run(
+            work_of(parallel, dtype, storage), tiny.train_config(dtype=dtype), topology, like_gpu=False
+        )
 
 
 CASES = [
@@ -125,6 +133,22 @@ def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, c
     for kind in ("tensor_all_reduce", "tensor_gather", "gradient_reduce"):
         if kind in planned:
             assert sent[kind].wire_bytes == pytest.approx(planned[kind].wire_bytes, rel=0.1), kind
+
+
+@pytest.mark.distributed
+def test_quantised_weights_run_dry_as_on_real_ranks(ranks):
+    storage = "fp8"
+    parallel = ParallelConfig(tensor=2, zero_stage=3, activation_checkpointing=True)
+    real, _ = ranks.run(real_run, parallel, "bf16", storage, world=4, tensor=2)[0]
+    fake = fake_run(parallel, "bf16", 4, storage=storage)
+    assert sum(fake.peak.values()) == pytest.approx(sum(real.peak.values()), rel=0.01)
+    work = work_of(parallel, "bf16", storage)
+    planned = state_memory(work, tp=2, dp=2, residency="resident")["frozen"]
+    assert fake.peak["frozen"] == real.peak["frozen"] == planned
+    sums = [by_purpose(x.sent)["tensor_all_reduce"] for x in (real, fake)]
+    assert sums[0].wire_bytes == sums[1].wire_bytes
+    wanted = step_traffic(work, tp=2, dp=2, residency="resident")["tensor_all_reduce"]
+    assert sums[0].wire_bytes == pytest.approx(wanted.wire_bytes, rel=0.1)
 
 
 @pytest.mark.distributed

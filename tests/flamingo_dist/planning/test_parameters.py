@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flamingo_dist.models.flamingo import Flamingo
+from flamingo_dist.models.linear import ColumnLinear, RowLinear
 from flamingo_dist.models.vision import build_vision
 from flamingo_dist.parallel.topology import ParallelConfig, single_process
 from flamingo_dist.planning.memory import state_memory
@@ -14,7 +15,7 @@ from flamingo_dist.training.config import OptimizerConfig
 from flamingo_dist.training.optimizer import make_optimizer
 from jobs.plan import workload
 from jobs.recipes import RECIPES
-from tests.flamingo_dist.planning.shapes import meta_counts
+from tests.flamingo_dist.planning.shapes import fake_world, meta_counts
 from tests.tiny import network
 
 CASES = [("smoke", 1), ("smoke", 2)]
@@ -65,6 +66,21 @@ VARIANTS = {
 def test_counts_of_language_models(variant, tp):
     base = network()
     assert_counts(replace(base, lm=replace(base.lm, **VARIANTS[variant])), tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matrices_of_language_models(variant, tp):
+    """What `weight_storage` shrinks, against the modules that `quantise_` would take."""
+    base = network()
+    config = replace(base, lm=replace(base.lm, **VARIANTS[variant]))
+    with fake_world(tp, tp), torch.device("meta"):
+        lm = Flamingo(config, dtype=torch.bfloat16).lm
+    weights = [m.weight for m in lm.modules() if isinstance(m, ColumnLinear | RowLinear)]
+    counts = count_parameters(config, tp)
+    assert counts.lm_matrices == sum(w.numel() for w in weights)
+    assert counts.lm_channels == sum(w.shape[0] for w in weights)
+    assert counts.largest_matrix == max(w.numel() for w in weights)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -135,6 +135,35 @@ def test_suggestions_name_checkpointing_and_zero_3():
         assert suggestions(stage, small)
 
 
+def test_quantised_weights_take_half_and_cost_time():
+    work = work_of("flamingo_80b")
+    lm = replace(work.model.lm, weight_storage="int8")
+    stored = make_plan(replace(work, model=replace(work.model, lm=lm)), machine(256))
+    plain = {x.tp: x for x in make_plan(work, machine(256)).layouts if x.residency == "resident"}
+    assert {x.residency for x in stored.layouts + stored.too_large} == {"resident"}
+    found = [x for x in stored.layouts if x.tp in plain]
+    assert found
+    for x in found:
+        assert 0.5 < x.memory["frozen"] / plain[x.tp].memory["frozen"] < 0.51
+        assert x.memory_gib < plain[x.tp].memory_gib
+        assert x.step_seconds == pytest.approx(plain[x.tp].step_seconds + x.seconds["dequantise"], rel=0.02)
+        assert x.traffic == plain[x.tp].traffic
+        # The same work in more time.
+        useful = (y.useful_mfu * y.step_seconds for y in (x, plain[x.tp]))
+        assert next(useful) == pytest.approx(next(useful))
+
+
+def test_suggestions_name_the_storage_that_fits():
+    work, small = work_of("llama_70b"), machine(64)
+    work = replace(work, parallel=replace(work.parallel, zero_stage=2))
+    kinds = make_plan(work, small)
+    sizes = sorted(x.memory_gib for x in kinds.layouts + kinds.too_large)
+    small = replace(small, gpu=replace(small.gpu, memory_gib=sizes[0] - 2))
+    assert not make_plan(work, small).layouts
+    advice = [a for a in suggestions(work, small) if "weight_storage='int8'" in a]
+    assert len(advice) == 1
+
+
 def test_degrees_that_cannot_run_are_explained():
     plan = make_plan(work_of("smoke"), machine(4))
     assert [x for x in plan.refused if x.startswith("tp 4") and "num_kv_heads" in x]
@@ -165,7 +194,7 @@ def test_the_command_says_that_nothing_fits(capsys):
 def test_the_page_holds_what_its_commands_print(capsys):
     page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
     commands = re.findall(r"^    flamingo (plan .*--markdown)$", page, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 8
     for command in commands:
         main(command.split())
         assert capsys.readouterr().out in page, f"run `flamingo {command}` and paste what it prints"
