@@ -64,8 +64,8 @@ class ParallelConfig:
             )
         if weight_storage != "same" and self.compile_frozen:
             raise ValueError(
-                f"model.lm.weight_storage={weight_storage!r} does not go with parallel.compile_frozen=True: products with "
-                "quantised matrices, with their sums over tensor-parallel ranks, are not compiled. Set one of the two."
+                f"model.lm.weight_storage={weight_storage!r} does not go with parallel.compile_frozen=True: products "
+                "with quantised matrices are not compiled. Set one of the two."
             )
 
 
