@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="activation checkpointing of ours; default: none",
     )
+    step.add_argument(
+        "--contenders", nargs="+", default=(), metavar="PART", help="contenders whose name holds a part"
+    )
     step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
     step.add_argument(
         "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
@@ -192,6 +195,7 @@ def _step(given: argparse.Namespace) -> int:
         pixels=given.pixels,
         recompute=RECOMPUTE[given.recompute],
         compiled=given.compiled,
+        contenders=given.contenders,
         profile=given.out if given.profile else None,
     )
     path = given.out / ("step-pixels.json" if given.pixels else "step.json")

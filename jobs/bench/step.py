@@ -69,6 +69,8 @@ class StepConfig:
     """Activation checkpointing of our network; IDEFICS' keeps everything."""
     compiled: bool = False
     """Run a contender with compiled frozen blocks, too."""
+    contenders: Sequence[str] = ()
+    """Contenders whose name holds one of these; all if empty. The others must agree with the first that runs."""
     profile: Path | None = None
     """Folder for the profile of each of our steps; None makes none."""
 
@@ -133,6 +135,8 @@ def run_step(config: StepConfig, after_row: Callable[[Results], None] = lambda _
             contenders = [*_OURS, *((idefics.NAME,) if name in IDEFICS else ())]
             if config.compiled:
                 contenders.append(COMPILED)
+            if config.contenders:
+                contenders = [c for c in contenders if any(some in c for some in config.contenders)]
             for row in _compare(config, name, contenders, clock, peak, lines):
                 results.rows.append(row)
                 after_row(results)
