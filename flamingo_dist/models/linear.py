@@ -80,7 +80,8 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in] to shape [..., out / tp size]."""
         if self.quantised is not None:
-            return _with_bias(self, self.quantised(input_, sum_grad=self.allreduce_dgrad))
+            x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
+            return _with_bias(self, self.quantised(x))
         if self.output_size_per_partition != self.output_size or args or kwargs:
             output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
@@ -105,7 +106,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
         if self.quantised is not None:
-            part = self.quantised(input_, sum_grad=False)
+            part = self.quantised(input_)
             cut = self.input_size_per_partition != self.input_size
             return _with_bias(self, reduce_from_tensor_model_parallel_region(part) if cut else part)
         if self.input_size_per_partition != self.input_size:
