@@ -81,7 +81,8 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in] to shape [..., out / tp size]."""
         if self.quantised is not None:
-            return _with_bias(self, self.quantised(input_, sum_grad=self.allreduce_dgrad))
+            x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
+            return _with_bias(self, self.quantised(x))
         if torch.compiler.is_compiling():
             x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
             bias = None if self.skip_bias_add else self.bias
@@ -110,7 +111,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
         if self.quantised is not None:
-            part = self.quantised(input_, sum_grad=False)
+            part = self.quantised(input_)
             cut = self.input_size_per_partition != self.input_size
             return _with_bias(self, reduce_from_tensor_model_parallel_region(part) if cut else part)
         if torch.compiler.is_compiling():

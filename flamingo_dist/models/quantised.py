@@ -71,17 +71,9 @@ class QuantisedWeight(nn.Module):
         super()._apply(lambda tensor: tensor.to(fn(tensor[:0]).device), recurse)
         return self
 
-    def forward(self, x: Tensor, *, sum_grad: bool) -> Tensor:
-        """Return the product with the matrix.
-
-        Args:
-            x: the input, floating [..., I].
-            sum_grad: whether to sum the input's gradient over the tensor-parallel group.
-
-        Returns:
-            [..., O], dtype of x.
-        """
-        product: Tensor = _Product.apply(x, self.codes_OI, self.scale_O, sum_grad)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product of x, floating [..., I], and the matrix: [..., O], dtype of x."""
+        product: Tensor = _Product.apply(x, self.codes_OI, self.scale_O)
         return product
 
     def dequantised(self) -> Tensor:
@@ -97,18 +89,15 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes_OI: Tensor, scale_O: Tensor, sum_grad: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
         """Return [..., O] of x [..., I]."""
-        ctx.codes_OI, ctx.scale_O, ctx.sum_grad = codes_OI, scale_O, sum_grad
+        ctx.codes_OI, ctx.scale_O = codes_OI, scale_O
         return F.linear(x, codes_OI.to(x.dtype)).mul_(scale_O)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x [..., I] from that of the product [..., O]."""
         (grad,) = grads
         # The fp32 scale is not rounded to the gradient's dtype, nor is there an fp32 copy of the gradient.
         scaled = torch.mul(grad, ctx.scale_O, out=torch.empty_like(grad))
-        grad_x = torch.matmul(scaled, ctx.codes_OI.to(grad.dtype))
-        if ctx.sum_grad:
-            dist.all_reduce(grad_x, group=parallel_state.get_tensor_model_parallel_group())
-        return grad_x, None, None, None
+        return torch.matmul(scaled, ctx.codes_OI.to(grad.dtype)), None, None

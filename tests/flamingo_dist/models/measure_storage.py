@@ -16,7 +16,7 @@ from flamingo_dist.parallel.topology import single_process
 from jobs.demo.fetch import find_parts
 from tests.flamingo_dist.models.test_lm import lm_logits, load_lm
 
-PAGES = ("docs/architecture.md", "docs/decisions.md", "docs/checkpoints.md", "README.md")
+PAGES = ("docs/architecture.md", "README.md")
 LENGTH = 256
 
 

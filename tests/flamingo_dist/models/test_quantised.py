@@ -87,9 +87,7 @@ def test_product_and_gradient_are_those_of_the_dequantised_matrix(kind, make):
     (ours,) = torch.autograd.grad(out, x, grad)
     (theirs,) = torch.autograd.grad(expected, x, grad)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert torch.autograd.gradcheck(
-        lambda x: layer.quantised(x, sum_grad=False), (x.detach().double().requires_grad_(),)
-    )
+    assert torch.autograd.gradcheck(lambda x: layer.quantised(x), (x.detach().double().requires_grad_(),))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +95,7 @@ def test_in_bf16_the_scale_is_not_rounded(kind):
     """A scale in bf16 would move a channel by up to 1/256 as a whole; the product is rounded as any in bf16 is."""
     stored = QuantisedWeight(matrix(2, 30, 64, 0.0).bfloat16(), kind, inputs_cut=False)
     x = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    out = stored(x, sum_grad=False)
+    out = stored(x)
     assert out.dtype == torch.bfloat16
     exact = x.detach().double() @ stored.dequantised().double().T
     torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=1e-2)
@@ -112,9 +110,9 @@ def test_no_copy_of_a_weight_lives_until_the_backward():
     stored = QuantisedWeight(torch.randn(64, 32), "int8", inputs_cut=False)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
-        stored(torch.randn(3, 32, requires_grad=True), sum_grad=False)
+        stored(torch.randn(3, 32, requires_grad=True))
     assert kept == []
-    assert not stored(torch.randn(3, 32), sum_grad=False).requires_grad
+    assert not stored(torch.randn(3, 32)).requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
