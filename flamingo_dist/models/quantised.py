@@ -72,7 +72,7 @@ class QuantisedWeight(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product of x, floating of shape [..., I], and the matrix: [..., O], dtype of x."""
+        """Map x, floating of shape [..., I], to its product with the matrix: [..., O], dtype of x."""
         product: Tensor = _Product.apply(x, self.codes_OI, self.scale_O)
         return product
 
