@@ -80,11 +80,20 @@ class OursOnRay(Reading):
         from data_pipeline.actors import RayPipeline, ReaderConfig
 
         readers = ReaderConfig(readers=self.task.workers, cpus_per_reader=1, prefetch=4)
-        pipeline = RayPipeline([_dataset(self.task)], TokenizerConfig(), seed=0, dp_size=1, config=readers)
-        feed = pipeline.feed(0)
+        self.pipeline = RayPipeline(
+            [_dataset(self.task)], TokenizerConfig(), seed=0, dp_size=1, config=readers
+        )
+        feed = self.pipeline.feed(0)
         for step in range(skip // self.task.batch_size, self.task.samples // self.task.batch_size):
             yield len(feed.next(step)["bench"].keys)
-        pipeline.shutdown()
+
+    def stop(self) -> None:
+        """Stop the actors and wait until they are gone: Ray's node forgets the CPU time of a worker that ended."""
+        import psutil
+
+        actors = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
+        self.pipeline.shutdown()
+        psutil.wait_procs([p for p in actors if "IDLE" not in p.name()], timeout=20)
 
 
 def start_ray(task: LoaderTask) -> None:

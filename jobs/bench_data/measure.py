@@ -112,6 +112,9 @@ class Reading:
         """Yield the size of each batch of an epoch, from sample `skip` on."""
         raise NotImplementedError
 
+    def stop(self) -> None:
+        """End processes that outlive the last batch; called when their CPU time was read."""
+
 
 def cpu_seconds() -> float:
     """Return the CPU time of this process and all that it started, the ended ones included."""
@@ -172,7 +175,9 @@ def _epoch(reading: Reading) -> _Epoch:
     samples = next(batches)
     first_batch_s = time.perf_counter() - started
     samples += sum(batches)
-    return _Epoch(samples, time.perf_counter() - started, cpu_seconds() - used, first_batch_s)
+    epoch = _Epoch(samples, time.perf_counter() - started, cpu_seconds() - used, first_batch_s)
+    reading.stop()
+    return epoch
 
 
 def failed(task: LoaderTask, error: str) -> LoaderResult:
@@ -200,7 +205,9 @@ def _first(reading: Reading, skip: int) -> float:
     started = time.perf_counter()
     batches = reading.start(skip)
     next(batches)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    reading.stop()
+    return seconds
 
 
 def _version(package: str) -> str:
