@@ -87,19 +87,21 @@ def lm_block_bytes(work: Workload, tokens: int, tp: int) -> float:
 
 def gated_block_bytes(work: Workload, tokens: int, media: int, tp: int) -> float:
     """Return what a gated block keeps, inputs of its linear layers included."""
-    g = work.model.gated
-    inner = g.heads * g.head_dim
-    hidden = g.ffw_hidden * (4 if g.activation == "silu_gated" else 2)
-    text = tokens * (4 * g.width + (2 * inner + hidden) / tp)
-    return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
+    gated = work.model.gated.activation == "silu_gated"
+    return _gated_bytes(work, tokens, media, tp, widths=4, hiddens=4 if gated else 2)
 
 
 def gated_results_bytes(work: Workload, tokens: int, media: int, tp: int) -> float:
     """Return what a gated block keeps of its products and its attention alone (`models.recompute`)."""
+    gated = work.model.gated.activation == "silu_gated"
+    return _gated_bytes(work, tokens, media, tp, widths=2, hiddens=2 if gated else 1)
+
+
+def _gated_bytes(work: Workload, tokens: int, media: int, tp: int, *, widths: int, hiddens: int) -> float:
+    """Return the bytes of attention (queries, result, keys, values) and of so many widths and hidden widths a token."""
     g = work.model.gated
     inner = g.heads * g.head_dim
-    hidden = g.ffw_hidden * (2 if g.activation == "silu_gated" else 1)
-    text = tokens * (2 * g.width + (2 * inner + hidden) / tp)
+    text = tokens * (widths * g.width + (2 * inner + hiddens * g.ffw_hidden) / tp)
     return work.bytes_per_value * (text + media * work.model.resampler.latents * 2 * inner / tp)
 
 

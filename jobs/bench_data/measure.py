@@ -140,8 +140,8 @@ def measure(task: LoaderTask, make: Callable[[LoaderTask], Reading]) -> LoaderRe
         # First, so that what is imported late is imported before anything is counted.
         resume_s = _first(make(task), int(0.9 * task.samples) // task.batch_size * task.batch_size)
         short = replace(task, shards=task.short_shards, samples=task.short_samples)
-        fewer, all_of_them = _epoch(make(short)), _epoch(make(task))
         reading = make(task)
+        fewer, all_of_them = _epoch(make(short)), _epoch(reading)
         return LoaderResult(
             loader=task.loader,
             version=_version(reading.package),
