@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from jobs.doctor.versions import installed
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderTask:
@@ -144,7 +146,7 @@ def measure(task: LoaderTask, make: Callable[[LoaderTask], Reading]) -> LoaderRe
         fewer, all_of_them = _epoch(make(short)), _epoch(reading)
         return LoaderResult(
             loader=task.loader,
-            version=_version(reading.package),
+            version=installed([reading.package]).get(reading.package, ""),
             workers=task.workers,
             decode=task.decode,
             samples=all_of_them.samples,
@@ -208,13 +210,3 @@ def _first(reading: Reading, skip: int) -> float:
     seconds = time.perf_counter() - started
     reading.stop()
     return seconds
-
-
-def _version(package: str) -> str:
-    """Return the version of a distribution, "" of none."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

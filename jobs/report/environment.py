@@ -4,12 +4,12 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jobs.doctor.versions import installed
 from jobs.report.read import write_json
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "ray", "transformers", "webdataset")
@@ -30,7 +30,7 @@ def record_environment(run_dir: Path | str, *, recipe: str, extra: Mapping[str, 
     Returns:
         Path of the file.
     """
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **dict.fromkeys(PACKAGES), **installed(PACKAGES)}
     path = Path(run_dir) / "environment.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -72,14 +72,6 @@ def machine() -> str:
     if not torch.cuda.is_available():
         return f"{host}, no GPU"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {host}"
-
-
-def _version(distribution: str) -> str | None:
-    """Version of an installed distribution, None where it is missing."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(root: Path, *arguments: str) -> str | None:
