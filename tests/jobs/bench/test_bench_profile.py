@@ -55,7 +55,8 @@ def test_every_operation_belongs_to_one_part(checkpointing):
         sum(e.self_cpu_time_total for e in events) / 2e3
     )
     assert sum(x.share for x in parts.values()) == pytest.approx(1)
-    assert parts["other", "backward"].share < 0.2
+    # By count, as a first call that starts threads or waits for a core weighs more than its work.
+    assert parts["other", "backward"].calls < 0.1 * len(events) / 2
 
 
 def test_matrix_products_are_found_where_they_are_made():
