@@ -35,6 +35,9 @@ from data_pipeline.ledger import LedgerActor
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
 _ASKS = 4
+# By default Ray holds back the failure of a call to a killed actor that will restart for 1 to 2 s, in case
+# its cause of death arrives, which is more than the read-ahead lasts.
+_HEAR_AT_ONCE = {"RAY_timeout_ms_task_wait_for_death_info": "0"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +370,9 @@ class RayPipeline:
             loaded=(ray.put(loaded), ray.put({name: stream.index for name, stream in streams.items()})),
         )
         self.readers = self._sources.readers
-        coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        coordinator = ray.remote(Coordinator).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, runtime_env={"env_vars": _HEAR_AT_ONCE}
+        )
         self.coordinators = [
             coordinator.remote(self.datasets, loaded.pad_id, rank, dp_size, tp_size, self.config)
             for rank in range(dp_size)
