@@ -144,7 +144,7 @@ def _tests() -> list[str]:
         print(f"left out, megatron-core is not installed: {', '.join(path.name for path in needy)}")
         chosen += [f"--ignore={path.relative_to(ROOT)}" for path in needy]
     if importlib.util.find_spec("xdist") is not None:
-        chosen += ["-n", "4"]  # most of a test's time is compiling, on the CPU
+        chosen += ["-n", "8"]  # most of a test's time is compiling, on the CPU
     return chosen
 
 

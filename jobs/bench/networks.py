@@ -54,8 +54,8 @@ class Widths:
     """E, and C of IDEFICS, which has no map between the two."""
     encoder: int = 3072
     """C of the paper's networks: NFNet-F6's channels."""
-    image_size: int = 320
-    """Pixels."""
+    image_size: int = 80
+    """Pixels of the stand-in encoder: at its stride of 8 the 100 features that 320 px are at the paper's 32."""
     vocab: int = 32_000
     """V."""
     tensor: int = 1
@@ -165,8 +165,7 @@ def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
 
 def with_encoder(config: FlamingoConfig) -> FlamingoConfig:
     """Return `config` with the paper's encoder, NFNet-F6 in bf16 with random weights, in place of the stand-in."""
-    size = config.vision.image_size
-    return replace(config, vision=VisionConfig(name="nfnet-f6", image_size=size, dtype="bfloat16"))
+    return replace(config, vision=VisionConfig(name="nfnet-f6", image_size=320, dtype="bfloat16"))
 
 
 def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_init: float) -> FlamingoConfig:
@@ -179,20 +178,39 @@ def with_implementation(config: FlamingoConfig, implementation: Any, *, gate_ini
 
 
 def build(
-    config: FlamingoConfig, dtype: torch.dtype, device: torch.device, seed: int, recompute: Recompute = False
+    config: FlamingoConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    recompute: Recompute = False,
+    *,
+    draw_there: bool = False,
 ) -> Flamingo:
     """Return the network on `device`, filled from its parameters' names and the seed alone.
 
     Megatron's groups must be initialised (`one_process`).
+
+    Args:
+        config: the network.
+        dtype: of its parameters.
+        device: where to.
+        seed: of the weights.
+        recompute: activation checkpointing.
+        draw_there: draw the weights on `device`: seconds less a gigabyte, and other values than a CPU draws.
     """
     from flamingo_dist.models.init import draw, tag_of
 
-    model = Flamingo(config, dtype=dtype, activation_checkpointing=recompute)
+    model = Flamingo(config, dtype=dtype, activation_checkpointing=recompute).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = draw(name, tag_of(parameter), parameter.shape, seed=seed, tp_rank=0, tp_size=1)
-            parameter.copy_(values)
-    return model.to(device)
+            tag = tag_of(parameter)
+            if draw_there and tag.std is not None:
+                parameter.normal_(0.0, tag.std, generator=generator)
+            else:
+                values = draw(name, tag, parameter.shape, seed=seed, tp_rank=0, tp_size=1)
+                parameter.copy_(values)
+    return model
 
 
 @contextmanager

@@ -214,7 +214,9 @@ class _Step:
         elif contender == COMPILED and launches:
             self.config = with_implementation(self.config, "triton", gate_init=0.5)
         self.size = config.size(self.config)
-        ours = build(self.config, config.dtype, config.device, seed=0, recompute=config.recompute)
+        ours = build(
+            self.config, config.dtype, config.device, seed=0, recompute=config.recompute, draw_there=True
+        )
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
         if contender == COMPILED:
             ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")
@@ -224,7 +226,7 @@ class _Step:
         self.device = config.device
         self.on_host = batch.pinned() if config.device.type == "cuda" else batch
         self.batch: TrainBatch = batch.to(config.device)
-        self.targets_BT, self.tokens = batch.targets(), batch.num_loss_tokens()
+        self.targets_BT, self.tokens = self.batch.targets(), batch.num_loss_tokens()
         # The same optimizer on the same numbers of weights; which of them decay costs nothing.
         self.optimizer = make_optimizer(self.network.named_parameters(), OptimizerConfig(lr=1e-4))
 

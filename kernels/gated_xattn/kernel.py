@@ -261,7 +261,7 @@ def xattn_backward(
     sample = start // T
 
     lat = tl.arange(0, BLOCK_R)
-    seen = lat < tl.where(lo < hi, R, 0)  # nothing is read for an empty span
+    seen = lat < R  # for an empty span too: these loads need not wait for the span's
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
     k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
@@ -296,6 +296,11 @@ def xattn_backward(
             do2 = load_tile(do + t * do_t, row, inside, do_t, K1, K, K2)
         p, total = _scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
         p = p / total[:, None]
+        # In this order the fewest tiles are alive at once: no other leaves K 128 without spills.
+        p_T = tl.trans(p.to(k.dtype.element_ty))
+        dv1 = _dot(p_T, do1, dv1, PRECISION)
+        if K2 > 0:
+            dv2 = _dot(p_T, do2, dv2, PRECISION)
         dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         dp = _dot(do1, tl.trans(v1), dp, PRECISION)
         if K2 > 0:
@@ -304,16 +309,15 @@ def xattn_backward(
         delta = tl.sum(p * dp, 1)
         g_rows += delta
         ds = (p * (dp - delta[:, None])).to(k.dtype.element_ty)
-        p = tl.trans(p.to(k.dtype.element_ty))
-        dv1 = _dot(p, do1, dv1, PRECISION)
-        dk1 = _dot(tl.trans(ds), q1, dk1, PRECISION)
         dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
         store_tile(dq_rows + t * dq_t, row, inside, dq_t, 0, dq1, K, K1)
         if K2 > 0:
-            dv2 = _dot(p, do2, dv2, PRECISION)
             dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
             store_tile(dq_rows + t * dq_t, row, inside, dq_t, K1, dq2, K, K2)
-            dk2 = _dot(tl.trans(ds), q2, dk2, PRECISION)
+        ds_T = tl.trans(ds)
+        dk1 = _dot(ds_T, q1, dk1, PRECISION)
+        if K2 > 0:
+            dk2 = _dot(ds_T, q2, dk2, PRECISION)
 
     # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
     # again rather than kept in a register all the while; so are the spans.

@@ -1,10 +1,11 @@
 """Tiles of the gated cross-attention kernels, by head width, latents, dtype and architecture.
 
-Chosen by compiled figures (`kernels.testing.dry`), not by a timing. The kernels wait for memory and a program handles
-a tile or two, so what counts is how many programs share a processor: their loads overlap with the others' arithmetic.
+The kernels wait for memory and a program handles a tile or two, so what counts is how many programs share a processor:
+their loads overlap with the others' arithmetic. Four warps a program beat eight at every shape that was timed.
+Measured on an H200 (`python -m jobs.bench.tune`) for sm_90, elsewhere chosen by compiled figures (`kernels.testing.dry`).
 None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and 3.7.1.
-bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 32 x 8 warps capped at
-128 registers, two programs (uncapped it takes 163, with 64 rows 215, and one program fits).
+bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 64 x 4 warps in two halves,
+the next rows on their way, 254 registers, two programs.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Tile:
     registers: int | None = None
     """Most registers a thread may take, None for as many as the compiler likes."""
     stages: int = 1
-    """Tiles of rows in flight; the pipeline's buffers cost a program of the processor, so 1."""
+    """Tiles of rows in flight; the pipeline's buffers cost the forward a program of the processor."""
 
 
 def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile, Tile]:
@@ -68,10 +69,16 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
         if family == 80 and padded[1]:  # without wgmma two parts spill; one part of padded width does not
             padded = (128, 0)
         return forward, Tile(16 if padded[1] else 32, 8, padded)
-    capped = {
-        (90, 128): Tile(32, 8, padded, registers=128),
-        (90, 96): Tile(16, 8, padded, registers=128),
-        (90, 80): Tile(16, 8, padded, registers=128),
-        (80, 128): Tile(16, 8, padded, registers=128),
-    }
+    if family == 90:
+        return forward, _HOPPER.get(width, Tile(64, 4, padded))
+    capped = {(80, 128): Tile(16, 8, padded, registers=128)}
     return forward, capped.get((family, width), Tile(32, 8, padded))
+
+
+_HOPPER = {
+    128: Tile(64, 4, (64, 64), stages=2),
+    96: Tile(64, 4, (64, 32), stages=2),
+    80: Tile(64, 4, (64, 32), stages=2),
+    64: Tile(64, 4, (64, 0), registers=168),
+}
+"""Backward tiles of sm_90 for up to 64 latents, by head width; 64 and 128 measured, the others by their likeness."""

@@ -18,6 +18,17 @@ LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _own_latents(split: tl.tensor, R: tl.constexpr) -> tl.tensor:
+    """Return how many latents this share attends to: all in share 0, none in the others.
+
+    The bound of a loop rather than `if split == 0` around it: inside such a branch ptxas 12.8 and 12.9 take the
+    register that holds the share for a zero, and mix it up with the address in a wgmma descriptor (wrong results and
+    illegal addresses on an H200; `Record.odd_descriptors` finds it in the binary).
+    """
+    return tl.where(split == 0, R, 0)
+
+
+@triton.jit
 def _scores(
     q0: tl.tensor,
     q1: tl.tensor,
@@ -146,13 +157,12 @@ def forward_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     acc0 = tl.zeros([BLOCK_R, K0], tl.float32)
     acc1 = tl.zeros([BLOCK_R, K1 if K1 > 0 else 16], tl.float32)
-    if split == 0:
-        for start in range(0, R, BLOCK_J):
-            rows_L = start + tl.arange(0, BLOCK_J)
-            peak, total, acc0, acc1 = _attend(
-                q0, q1, kl_ptr, vl_ptr, rows_L, rows_L < R, skl_r, svl_r,
-                peak, total, acc0, acc1, scale_log2, K, K0, K1, PREC, UPCAST,
-            )  # fmt: skip
+    for start in range(0, _own_latents(split, R), BLOCK_J):
+        rows_L = start + tl.arange(0, BLOCK_J)
+        peak, total, acc0, acc1 = _attend(
+            q0, q1, kl_ptr, vl_ptr, rows_L, rows_L < R, skl_r, svl_r,
+            peak, total, acc0, acc1, scale_log2, K, K0, K1, PREC, UPCAST,
+        )  # fmt: skip
     first = split * blocks_a_split * BLOCK_J
     for start in range(first, tl.minimum(J, first + blocks_a_split * BLOCK_J), BLOCK_J):
         rows_J = start + tl.arange(0, BLOCK_J)
@@ -353,15 +363,14 @@ def backward_kernel(
 
     dq0 = tl.zeros([BLOCK_R, K0], tl.float32)
     dq1 = tl.zeros([BLOCK_R, K1 if K1 > 0 else 16], tl.float32)
-    if split == 0:
-        for start in range(0, R, BLOCK_J):
-            rows_L = start + tl.arange(0, BLOCK_J)
-            inside_L = rows_L < R
-            out_row_L = tile.to(tl.int64) * query_rows + (n * R + rows_L) * H + h
-            dq0, dq1 = _backprop(
-                q0, q1, do0, do1, lse, delta, kl_ptr, vl_ptr, rows_L, inside_L, inside_L, skl_r, svl_r,
-                dkl_ptr, dvl_ptr, out_row_L, dq0, dq1, scale_log2, scale, K, K0, K1, PREC, UPCAST,
-            )  # fmt: skip
+    for start in range(0, _own_latents(split, R), BLOCK_J):
+        rows_L = start + tl.arange(0, BLOCK_J)
+        inside_L = rows_L < R
+        out_row_L = tile.to(tl.int64) * query_rows + (n * R + rows_L) * H + h
+        dq0, dq1 = _backprop(
+            q0, q1, do0, do1, lse, delta, kl_ptr, vl_ptr, rows_L, inside_L, inside_L, skl_r, svl_r,
+            dkl_ptr, dvl_ptr, out_row_L, dq0, dq1, scale_log2, scale, K, K0, K1, PREC, UPCAST,
+        )  # fmt: skip
     first = split * blocks_a_split * BLOCK_J
     for start in range(first, tl.minimum(J, first + blocks_a_split * BLOCK_J), BLOCK_J):
         rows_J = start + tl.arange(0, BLOCK_J)

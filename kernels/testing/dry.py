@@ -85,6 +85,9 @@ class Record:
     """Stores of 128 bits a thread."""
     atomics: int
     """Atomic operations on global memory."""
+    odd_descriptors: int
+    """Addresses of wgmma operands that are put together from a register that nothing set to zero, see
+    `odd_descriptors`: with the ptxas of Triton 3.6 and 3.7, wrong results or an illegal address on an H100."""
 
     @property
     def tensor_core_ops(self) -> int:
@@ -149,9 +152,49 @@ class _Utils:
             regs=regs,
             stack=stack,
             smem=shared,
+            odd_descriptors=len(odd_descriptors(code)),
             **counts,
         )
         return 0, handle, regs, stack, 1024
+
+
+_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s+(.*?)\s*;")
+_UNIFORM = re.compile(r"UR(\d+)")
+
+
+def odd_descriptors(code: str) -> list[str]:
+    """Return the instructions that add the upper half of a wgmma descriptor to a register that need not be zero.
+
+    A 64-bit descriptor holds an operand's place in shared memory below, swizzle and stride above. Its sum is two
+    instructions, and the second, `UIADD3.X d, a, upper half, URZ, carry`, needs `a` to be zero: it is sound after
+    `UMOV a, URZ`. ptxas 12.8 and 12.9 also take a register that is known to be zero where the code stands, such as
+    the number of a share after `if share == 0`, and then use that register for the operand's place as well: the
+    product reads other memory. Seen on an H200 and, after that, in the binary; so what is not sound is counted.
+
+    Args:
+        code: SASS as nvdisasm writes it.
+    """
+    written: dict[str, str] = {}
+    odd = []
+    for operation, operands in _LINE.findall(code):
+        target, *sources = (part.strip() for part in operands.split(","))
+        if operation == "UIADD3.X" and any(_is_upper_half(source) for source in sources):
+            registers = [source for source in sources if _UNIFORM.fullmatch(source)]
+            if any(written.get(register) != "UMOV URZ" for register in registers):
+                odd.append(f"{operation} {operands}")
+        found = _UNIFORM.fullmatch(target)
+        if found and operation.startswith(("U", "R2UR", "S2UR")):
+            written[target] = " ".join([operation, *sources])
+            if ".64" in operation or ".WIDE" in operation:
+                written[f"UR{int(found[1]) + 1}"] = operation
+    return odd
+
+
+def _is_upper_half(operand: str) -> bool:
+    """Whether an immediate operand has a swizzle in its two highest bits."""
+    if re.fullmatch(r"-?0x[0-9a-f]{8}", operand) is None:
+        return False
+    return (int(operand, 16) & 0xFFFFFFFF) >> 30 != 0
 
 
 class DryDriver:

@@ -29,6 +29,7 @@ def check_record(record: Record, key: str) -> None:
         f"{record.name}: {record.stack} bytes of stack, {record.local_ops} local accesses"
     )
     assert record.atomics == 0, "an atomic addition makes sums depend on the order of programs"
+    assert record.odd_descriptors == 0, "a wgmma operand may be read from the wrong place"
     check_registers(
         key.split("-")[0], f"{key}-{record.name.removesuffix('_kernel')}-sm{record.arch}", record.regs
     )

@@ -64,6 +64,7 @@ def gate(launch: Launch, label: str) -> None:
         assert record.wide_loads > 0
         assert record.wide_stores > 0
     assert record.atomics == 0
+    assert record.odd_descriptors == 0, "a wgmma operand may be read from the wrong place"
     if half:
         assert record.tensor_core_ops > 0
         # A tile of 64 rows or more gets the architecture's own instruction, a smaller one mma.sync.
