@@ -38,7 +38,7 @@ MEASURED = """
   tests on this GPU) a kernel with a red test, or with none that passed, is refused too; `make gpu-check` always
   passes it.
 - **Time**: CUDA events around the call, the L2 cache overwritten before each one, after three warm-ups; calls under
-  0.5 ms also as a CUDA graph, and the faster of the two counts, for baselines and ours alike. Median, 20% and 80%
+  2 ms also as a CUDA graph, and the faster of the two counts, for baselines and ours alike. Median, 20% and 80%
   quantiles. "Tie" says that these ranges overlap.
 - **GB/s** is the least number of bytes (each input read once, each output written once) by the time; its share is of
   a 1 GiB copy in the same run. The attention cores are bound by memory (28 to 63 FLOP a byte against a ridge near

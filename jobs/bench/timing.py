@@ -115,7 +115,13 @@ class Clock:
 
 
 def capture(call: Call) -> "torch.cuda.CUDAGraph | None":
-    """Return `call` as a CUDA graph, or None if it cannot be captured (from the default stream nothing can)."""
+    """Return `call` as a CUDA graph, or None if it cannot be captured.
+
+    From the default stream nothing can, and the attempt would leave torch's random generator waiting for a capture
+    that never ends: whoever draws next fails.
+    """
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        return None
     try:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

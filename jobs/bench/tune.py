@@ -1,9 +1,9 @@
-"""Times the kernels with other tiles than their tables': `python -m jobs.bench.tune --out FOLDER` on a GPU.
+"""Times the attention kernels with other tiles than their tables': `python -m jobs.bench.tune --out FOLDER` on a GPU.
 
 The tables (`kernels/*/tiles.py`) hold one choice for each head width, dtype and architecture. This tries others at the
-paper's shapes and prints them by time, the table's own among them, so that a table can be rewritten by hand: nothing
-reads the result. What differs from the table's result by more than rounding is marked, and what spills shows in the
-dry-device tests once it is in the table.
+paper's shapes, writes tune.json and prints the quickest beside the table's own, so that a person can rewrite a table:
+nothing reads the result. How far a result is from the table's tile is written beside its time; what a kernel needs
+(registers, spills, sound wgmma operands) the tests on the dry device say once it is in the table.
 """
 
 import argparse
@@ -11,21 +11,22 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from jobs.bench.cases import make_case
 from jobs.bench.compare import first_line
 from jobs.bench.roofline import cost
 from jobs.bench.rows import environment
-from jobs.bench.shapes import PERCEIVER, XATTN, PerceiverShape, Shape, XattnShape
+from jobs.bench.shapes import PERCEIVER, TINY, XATTN, PerceiverShape, Shape, XattnShape
 from jobs.bench.timing import Clock, copy_bandwidth
 from kernels.gated_xattn import op as xattn
 from kernels.gated_xattn.tiles import Tile
@@ -34,6 +35,8 @@ from kernels.perceiver_attn.tiles import Tiles
 
 SHAPES: tuple[Shape, ...] = (*XATTN[:3], XATTN[6], *PERCEIVER[:2])
 """What is timed: 80B and 9B, OpenFlamingo's, and the Resampler's."""
+SHOWN = 5
+"""Tiles that the terminal shows of each kernel and shape, beside the table's."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,25 @@ class Trial:
     tile: Tile | Tiles | None
     """None is the table's."""
 
+    @property
+    def kernel(self) -> tuple[object, ...]:
+        """What decides the compiled kernel: the other sizes are no part of it."""
+        assert isinstance(self.shape, XattnShape | PerceiverShape), self.shape
+        return self.shape.op, self.shape.head_dim, self.backward, self.tile
 
-def trials() -> Iterator[Trial]:
-    """Yield what is tried, the table's choice of each kernel and shape first."""
-    for shape in SHAPES:
-        for backward in (False, True):
-            yield Trial(shape, backward, None)
-            if isinstance(shape, XattnShape):
-                yield from (Trial(shape, backward, tile) for tile in xattn_tiles(shape.head_dim, backward))
-            elif isinstance(shape, PerceiverShape):
-                yield from (Trial(shape, backward, tile) for tile in perceiver_tiles(backward))
+
+def trials(tiny: bool) -> Iterator[Trial]:
+    """Yield what is tried, the table's choice of each kernel and shape first; `tiny` is for Triton's interpreter."""
+    for shape, backward in product((TINY[1], TINY[2]) if tiny else SHAPES, (False, True)):
+        yield Trial(shape, backward, None)
+        tiles: Iterator[Tile | Tiles] = iter(())
+        if isinstance(shape, XattnShape):
+            tiles = iter([Tile(32, 4, (16, 0))]) if tiny else xattn_tiles(shape.head_dim, backward)
+        elif tiny:
+            tiles = iter([Tiles(rows=16, keys=32, parts=(16, 0), warps=4, stages=1)])
+        else:
+            tiles = perceiver_tiles(backward)
+        yield from (Trial(shape, backward, tile) for tile in tiles)
 
 
 def xattn_tiles(width: int, backward: bool) -> Iterator[Tile]:
@@ -85,121 +97,156 @@ def using(trial: Trial) -> Iterator[None]:
     if tile is None:
         yield
     elif isinstance(tile, Tile):
-        with mock.patch.object(xattn, "tiles", lambda *_: (tile, tile)):
+        with mock.patch.object(xattn, "tiles", return_value=(tile, tile)):
             yield
     else:
         name = "backward_tiles" if trial.backward else "forward_tiles"
-        with mock.patch.object(perceiver, name, lambda *_: tile):
+        with mock.patch.object(perceiver, name, return_value=tile):
             yield
 
 
-def call_of(trial: Trial, shape: Shape) -> Callable[[], Any]:
+def call_of(trial: Trial, shape: Shape, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
     """Return what launches the trial's kernel on random inputs of `shape`."""
-    case = make_case(shape, device=torch.device("cuda"), dtype=torch.bfloat16)
+    case = make_case(shape, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     inputs = [x.detach() for x in case.inputs]
+    (upstream,) = case.upstream
     if isinstance(shape, XattnShape):
         q, k, v, gate = inputs
-        assert case.index_BT is not None
-        spans = xattn.media_spans(case.index_BT, shape.images)
-        args = (q, k.flatten(0, 1), v.flatten(0, 1), spans, gate)
+        assert case.index_BT is not None, "cross-attention has one"
+        args = (q, k.flatten(0, 1), v.flatten(0, 1), xattn.media_spans(case.index_BT, shape.images), gate)
         if trial.backward:
-            return lambda: xattn.backward(case.upstream[0], *args)
-        return lambda: xattn.forward(*args)
+            return lambda: xattn.backward(upstream, *args)
+        return lambda: (xattn.forward(*args),)
+    q, k_feat, v_feat, k_lat, v_lat = inputs
+    attended = (q, k_feat, v_feat, k_lat, v_lat, None)
     if not trial.backward:
-        return lambda: perceiver.launch_forward(*inputs, None, 0)
-    out, lse = perceiver.launch_forward(*inputs, None, 0)
-    return lambda: perceiver.launch_backward(case.upstream[0], *inputs, None, out, lse, 0)
-
-
-def small(shape: Shape) -> Shape:
-    """Return a shape that compiles to the same kernel, for the compiling processes."""
-    if isinstance(shape, XattnShape):
-        return (
-            replace(shape, batch=1) if shape.heads >= 64 else shape
-        )  # few programs are split, to fp32 parts
-    assert isinstance(shape, PerceiverShape)
-    return replace(shape, media=1)
-
-
-def kernel_of(trial: Trial) -> tuple[object, ...]:
-    """Return what decides the compiled kernel: the other sizes are no part of it."""
-    assert isinstance(trial.shape, XattnShape | PerceiverShape)
-    return trial.shape.op, trial.shape.head_dim, trial.backward, trial.tile
+        return lambda: perceiver.launch_forward(*attended, 0)
+    out, lse = perceiver.launch_forward(*attended, 0)
+    return lambda: perceiver.launch_backward(upstream, *attended, out, lse, 0)
 
 
 def compile_one(trial: Trial) -> str:
-    """Compile a trial's kernel into Triton's cache; return what went wrong."""
+    """Compile a trial's kernel into Triton's cache by running it at a small size; return what went wrong."""
+    shape = trial.shape
+    if isinstance(shape, PerceiverShape):
+        shape = replace(shape, media=1)
+    elif isinstance(shape, XattnShape) and shape.heads >= 64:  # fewer programs are split, into fp32 parts
+        shape = replace(shape, batch=1)
     try:
         with using(trial):
-            call_of(trial, small(trial.shape))()
+            call_of(trial, shape, torch.device("cuda"))()
             torch.cuda.synchronize()
     except Exception as error:  # out of shared memory, or a compiler's own: a result
         return first_line(error)
     return ""
 
 
-def main(arguments: list[str]) -> int:
-    """Compile in many processes, then time in this one."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--compile", type=int, metavar="N", help="only compile, in N processes")
-    parser.add_argument("--ops", nargs="+", default=["gated_xattn", "perceiver_attn"])
-    parser.add_argument("--backward", action="store_true", help="the backward kernels alone")
-    parser.add_argument("--seconds", type=float, default=120.0, help="no trial begins after so many")
-    given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("No CUDA device here, so no tile is timed.")
-        return 0
-    found = [t for t in trials() if t.shape.op in given.ops and (t.backward or not given.backward)]
+def time_some(some: Sequence[Trial], device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Return a row for each trial, up to the first that the GPU does not survive; none begins after `seconds`.
+
+    The first must be the table's: the others' results are compared with its.
+    """
     started = time.monotonic()
-    if given.compile:
-        each = list({kernel_of(trial): trial for trial in reversed(found)}.values())
-        with multiprocessing.get_context("spawn").Pool(given.compile) as pool:
-            broken = [why for why in pool.imap_unordered(compile_one, each) if why]
-        print(f"{len(each)} kernels in {time.monotonic() - started:.0f} s, {len(broken)} do not compile")
-        return 0
-    device = torch.device("cuda")
     clock = Clock(device, budget_ms=25.0)
     copy_rate = copy_bandwidth(clock)
     rows: list[dict[str, Any]] = []
-    want: Any = None
-    for trial in found:
-        if time.monotonic() - started > given.seconds:
-            print(f"{len(found) - len(rows)} not reached")
+    want: tuple[Tensor, ...] = ()
+    for trial in some:
+        if rows and time.monotonic() - started > seconds:
             break
         name = "table" if trial.tile is None else str(trial.tile)
-        row: dict[str, Any] = {"shape": trial.shape.name, "backward": trial.backward, "tile": name}
+        row: dict[str, Any] = {
+            "shape": trial.shape.name,
+            "op": trial.shape.op,
+            "backward": trial.backward,
+            "tile": name,
+        }
         rows.append(row)
         try:
             with clock.running(), using(trial):
-                call = call_of(trial, trial.shape)
+                call = call_of(trial, trial.shape, device)
                 got = call()
-                got = got if isinstance(got, tuple) else (got,)
-                want = got if trial.tile is None else want
-                row["difference"] = max(
-                    float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
-                    for a, b in zip(got, want, strict=True)
-                    if b.numel() > 1
-                )
+                want = want or got
+                row["difference"] = max(_relative(a, b) for a, b in zip(got, want, strict=True) if b.dim())
                 row["ms"] = clock.measure(call).median
-        except Exception as error:  # out of shared memory, or a compiler's own: a result
+        except Exception as error:  # out of shared memory, a compiler's own, or an illegal address: a result
             row["why"] = first_line(error)
+            if "illegal" in row["why"]:
+                break
             continue
         least = cost(trial.shape, "bwd" if trial.backward else "fwd").bytes
         row["copy_share"] = least / (1e-3 * row["ms"]) / copy_rate
+    return rows
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
+
+
+def time_all(found: Sequence[Trial], device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Time one kernel and shape after the other, each in a process of its own: an illegal address ends only that."""
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for _, group in groupby(found, key=lambda trial: (trial.shape, trial.backward)):
+            table, *rest = group
+            again = False
+            while rest or not again:
+                left = seconds - (time.monotonic() - started)
+                if left <= 0:
+                    return rows
+                new = pool.apply(time_some, ([table, *rest], device, left))
+                rows += new[1:] if again else new
+                lost = "illegal" in new[-1].get("why", "") and len(new) > 1
+                rest, again = (rest[len(new) - 1 :] if lost else []), True
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    """Compile in many processes, or time in one after the other."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.bench.tune", description="Times other tiles than the kernels' tables hold."
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of tune.json")
+    parser.add_argument("--compile", type=int, metavar="N", help="only compile, in N processes")
+    parser.add_argument("--ops", nargs="+", default=["gated_xattn", "perceiver_attn"], help="default: both")
+    parser.add_argument("--backward", action="store_true", help="the backward kernels alone")
+    parser.add_argument("--seconds", type=float, default=120.0, help="no trial begins after so many")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, to test this module")
+    given = parser.parse_args(arguments)
+    if not given.tiny and not torch.cuda.is_available():
+        print("No CUDA device here, so no tile is timed.")
+        return 0
+    device = torch.device("cpu" if given.tiny else "cuda")
+    found = [t for t in trials(given.tiny) if t.shape.op in given.ops and (t.backward or not given.backward)]
+    if given.compile:
+        each = list({trial.kernel: trial for trial in reversed(found)}.values())
+        with multiprocessing.get_context("spawn").Pool(given.compile) as pool:
+            broken = [why for why in pool.imap_unordered(compile_one, each) if why]
+        print(f"{len(each)} kernels, {len(broken)} do not run: {', '.join(sorted(set(broken)))}")
+        return 0
+    rows = time_all(found, device, given.seconds)
     given.out.mkdir(parents=True, exist_ok=True)
-    results = {"environment": environment(device, copy_gb_per_s=copy_rate / 1e9), "rows": rows}
+    results = {"environment": environment(device), "not_reached": len(found) - len(rows), "rows": rows}
     (given.out / "tune.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for shape, backward in product(SHAPES, (False, True)):
-        own = [r for r in rows if (r["shape"], r["backward"]) == (shape.name, backward) and "ms" in r]
-        best = sorted(own, key=lambda r: r["ms"])
-        print(f"{shape.name} {'bwd' if backward else 'fwd'}")
-        for place, row in enumerate(best):
-            if place < 5 or row["tile"] == "table":
-                print(
-                    f"  {row['ms']:.3f} ms {row['copy_share']:.0%} of a copy, {row['difference']:.0e} {row['tile']}"
-                )
+    for line in lines(rows):
+        print(line)
     return 0
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield what the terminal says: of each kernel and shape the quickest tiles, and the table's."""
+    for (op, shape, backward), group in groupby(
+        rows, key=lambda row: (row["op"], row["shape"], row["backward"])
+    ):
+        yield f"{op} {shape}, {'backward' if backward else 'forward'}"
+        timed = sorted((row for row in group if "ms" in row), key=lambda row: row["ms"])
+        for place, row in enumerate(timed):
+            if place < SHOWN or row["tile"] == "table":
+                yield (
+                    f"  {row['ms']:.3f} ms, {row['copy_share']:.0%} of a copy, {row['difference']:.0e} from the "
+                    f"table's result: {row['tile']}"
+                )
 
 
 if __name__ == "__main__":

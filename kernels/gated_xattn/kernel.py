@@ -42,6 +42,33 @@ def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) ->
 
 
 @triton.jit
+def _add_product(
+    rows: tl.tensor,
+    x1: tl.tensor,
+    x2: tl.tensor,
+    acc1: tl.tensor,
+    acc2: tl.tensor,
+    K2: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return both parts of acc + rows^T x, for rows [M, R], x [M, K1 + K2] and acc [R, K1 + K2]."""
+    rows_T = tl.trans(rows)
+    acc1 = _dot(rows_T, x1, acc1, PRECISION)
+    if K2 > 0:
+        acc2 = _dot(rows_T, x2, acc2, PRECISION)
+    return acc1, acc2
+
+
+@triton.jit
+def _gate_of(gate: tl.tensor, HAS_GATE: tl.constexpr) -> tl.tensor:
+    """Return the gate in fp32, or 1 without one."""
+    g = 1.0
+    if HAS_GATE:
+        g = tl.load(gate).to(tl.float32)
+    return g
+
+
+@triton.jit
 def _chunk(start: tl.tensor, end: tl.tensor, BLOCK_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Return this program's part of rows start .. end-1, which axis 2 of the grid shares in whole tiles."""
     tiles = tl.cdiv(end - start, BLOCK_M)
@@ -174,9 +201,7 @@ def xattn_forward(
     if K2 > 0:
         k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
         v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
-    g = 1.0
-    if HAS_GATE:
-        g = tl.load(gate).to(tl.float32)
+    g = _gate_of(gate, HAS_GATE)
 
     row = tl.arange(0, BLOCK_M)
     out += tl.cast(head, tl.int64) * o_h
@@ -248,12 +273,14 @@ def xattn_backward(
     K2: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    DV_FIRST: tl.constexpr,
 ) -> None:
     """One image, one head, one chunk of its span: dq of its rows and, over them, dk, dv and the gate's gradient.
 
     Pointers: q, do, dq [B, T, H, K]; k, v [I, R, H, K]; dk, dv [chunks, I, R, H, K] (in fp32 if there are several
     chunks, to be summed); spans int [I, 2] contiguous; gate 0-dim or unused; dgate fp32 [chunks, I * H] or unused.
-    Strides are in elements, the last is 1 everywhere. Grid: (H, I, chunks).
+    Strides are in elements, the last is 1 everywhere. Grid: (H, I, chunks). DV_FIRST changes nothing but how many tiles
+    are alive at once: whether dv is added up before dp is there.
     """
     head, image, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
@@ -296,11 +323,8 @@ def xattn_backward(
             do2 = load_tile(do + t * do_t, row, inside, do_t, K1, K, K2)
         p, total = _scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
         p = p / total[:, None]
-        # In this order the fewest tiles are alive at once: no other leaves K 128 without spills.
-        p_T = tl.trans(p.to(k.dtype.element_ty))
-        dv1 = _dot(p_T, do1, dv1, PRECISION)
-        if K2 > 0:
-            dv2 = _dot(p_T, do2, dv2, PRECISION)
+        if DV_FIRST:
+            dv1, dv2 = _add_product(p.to(k.dtype.element_ty), do1, do2, dv1, dv2, K2, PRECISION)
         dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         dp = _dot(do1, tl.trans(v1), dp, PRECISION)
         if K2 > 0:
@@ -309,21 +333,20 @@ def xattn_backward(
         delta = tl.sum(p * dp, 1)
         g_rows += delta
         ds = (p * (dp - delta[:, None])).to(k.dtype.element_ty)
+        if not DV_FIRST:
+            dv1, dv2 = _add_product(p.to(k.dtype.element_ty), do1, do2, dv1, dv2, K2, PRECISION)
+            dk1, dk2 = _add_product(ds, q1, q2, dk1, dk2, K2, PRECISION)
         dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
         store_tile(dq_rows + t * dq_t, row, inside, dq_t, 0, dq1, K, K1)
         if K2 > 0:
             dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
             store_tile(dq_rows + t * dq_t, row, inside, dq_t, K1, dq2, K, K2)
-        ds_T = tl.trans(ds)
-        dk1 = _dot(ds_T, q1, dk1, PRECISION)
-        if K2 > 0:
-            dk2 = _dot(ds_T, q2, dk2, PRECISION)
+        if DV_FIRST:
+            dk1, dk2 = _add_product(ds, q1, q2, dk1, dk2, K2, PRECISION)
 
     # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
     # again rather than kept in a register all the while; so are the spans.
-    g = 1.0
-    if HAS_GATE:
-        g = tl.load(gate).to(tl.float32)
+    g = _gate_of(gate, HAS_GATE)
     wide = tl.cast(chunk, tl.int64)
     dk += wide * dk_c + tl.cast(image, tl.int64) * dk_i + tl.cast(head, tl.int64) * dk_h
     dv += wide * dv_c + tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h

@@ -239,6 +239,7 @@ def backward(
         return dq_BTHK.zero_(), dk_IRHK.zero_(), dv_IRHK.zero_(), q_BTHK.new_zeros(())
     do_BTHK, q_BTHK, k_IRHK, v_IRHK = (_last_stride_1(x) for x in (do_BTHK, q_BTHK, k_IRHK, v_IRHK))
     tile, meta = _meta(q_BTHK, latents, gate, backward=True)
+    meta["DV_FIRST"] = tile.dv_first
     if chunks is None:
         chunks = min(-(-FILL_PROGRAMS // (images * heads)), -(-rows // tile.rows))
     parts = [dk_IRHK[None], dv_IRHK[None]]

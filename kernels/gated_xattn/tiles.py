@@ -2,10 +2,10 @@
 
 The kernels wait for memory and a program handles a tile or two, so what counts is how many programs share a processor:
 their loads overlap with the others' arithmetic. Four warps a program beat eight at every shape that was timed.
-Measured on an H200 (`python -m jobs.bench.tune`) for sm_90, elsewhere chosen by compiled figures (`kernels.testing.dry`).
-None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and 3.7.1.
-bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 64 x 4 warps in two halves,
-the next rows on their way, 254 registers, two programs.
+Measured on an H200 for sm_90 (`python -m jobs.bench.tune`), elsewhere chosen by compiled figures
+(`kernels.testing.dry`). None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and
+3.7.1. bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 64 x 4 warps in
+two halves, the next rows on their way, 254 registers, two programs.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,9 @@ class Tile:
     """Most registers a thread may take, None for as many as the compiler likes."""
     stages: int = 1
     """Tiles of rows in flight; the pipeline's buffers cost the forward a program of the processor."""
+    dv_first: bool = False
+    """Whether the backward adds up dv before anything else: with two parts, or 64 rows, any other order spills; with
+    one part and fewer rows this one does."""
 
 
 def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile, Tile]:
@@ -68,17 +71,17 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
             forward = Tile(32, 4, parts)
         if family == 80 and padded[1]:  # without wgmma two parts spill; one part of padded width does not
             padded = (128, 0)
-        return forward, Tile(16 if padded[1] else 32, 8, padded)
+        return forward, Tile(16 if padded[1] else 32, 8, padded, dv_first=padded[1] > 0)
     if family == 90:
-        return forward, _HOPPER.get(width, Tile(64, 4, padded))
+        return forward, _HOPPER.get(width, Tile(64, 4, padded, dv_first=True))
     capped = {(80, 128): Tile(16, 8, padded, registers=128)}
-    return forward, capped.get((family, width), Tile(32, 8, padded))
+    return forward, capped.get((family, width), Tile(32, 8, padded, dv_first=padded[1] > 0))
 
 
 _HOPPER = {
-    128: Tile(64, 4, (64, 64), stages=2),
-    96: Tile(64, 4, (64, 32), stages=2),
-    80: Tile(64, 4, (64, 32), stages=2),
-    64: Tile(64, 4, (64, 0), registers=168),
+    128: Tile(64, 4, (64, 64), stages=2, dv_first=True),
+    96: Tile(64, 4, (64, 32), stages=2, dv_first=True),
+    80: Tile(64, 4, (64, 32), stages=2, dv_first=True),
+    64: Tile(64, 4, (64, 0), registers=168, dv_first=True),
 }
 """Backward tiles of sm_90 for up to 64 latents, by head width; 64 and 128 measured, the others by their likeness."""

@@ -26,7 +26,16 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["ARCHITECTURES", "CompilationError", "DryDriver", "Launch", "OutOfResources", "Record", "dry"]
+__all__ = [
+    "ARCHITECTURES",
+    "CompilationError",
+    "DryDriver",
+    "Launch",
+    "OutOfResources",
+    "Record",
+    "dry",
+    "odd_descriptors",
+]
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one block may have, by architecture."""
@@ -167,7 +176,7 @@ def odd_descriptors(code: str) -> list[str]:
 
     A 64-bit descriptor holds an operand's place in shared memory below, swizzle and stride above. Its sum is two
     instructions, and the second, `UIADD3.X d, a, upper half, URZ, carry`, needs `a` to be zero: it is sound after
-    `UMOV a, URZ`. ptxas 12.8 and 12.9 also take a register that is known to be zero where the code stands, such as
+    `UMOV a, URZ`. ptxas 12.8 also take a register that is known to be zero where the code stands, such as
     the number of a share after `if share == 0`, and then use that register for the operand's place as well: the
     product reads other memory. Seen on an H200 and, after that, in the binary; so what is not sound is counted.
 

@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.testing.dry import ARCHITECTURES, OutOfResources, dry
+from kernels.perceiver_attn import op as perceiver_attn
+from kernels.perceiver_attn.tiles import Tiles
+from kernels.testing.dry import ARCHITECTURES, OutOfResources, dry, odd_descriptors
 
 pytestmark = pytest.mark.modes("dry")
 
@@ -85,3 +87,33 @@ def test_the_driver_of_before_is_restored_even_after_an_error():
 def test_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="90"), dry(70):
         pass
+
+
+SOUND = """
+        /*10a0*/                   UMOV UR5, URZ ;
+        /*10b0*/                   UIADD3 UR6, UP0, UR6, 0x40, URZ ;
+        /*10c0*/                   UIADD3.X UR7, UR5, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*10d0*/                   UIADD3.X UR9, URZ, UR9, URZ, UP0, !UPT ;
+        /*10e0*/              @P0  UIADD3.X UR19, UR7, URZ, URZ, UP0, !UPT ;
+"""
+
+
+def test_an_address_on_a_register_that_is_zero_by_chance_is_odd():
+    assert odd_descriptors(SOUND) == []
+    for writer in (
+        "S2UR UR5, SR_CTAID.Z",
+        "USHF.R.U32.HI UR5, URZ, 0x4, UR43",
+        "UIADD3.64 UR4, UR4, UR8, URZ",
+    ):
+        (found,) = odd_descriptors(SOUND.replace("UMOV UR5, URZ", writer))
+        assert found.startswith("UIADD3.X UR7, UR5, -0x7fffffe0")
+    assert len(odd_descriptors(SOUND.replace("UMOV UR5, URZ", "UMOV UR6, URZ"))) == 1
+
+
+def test_the_tile_that_read_illegal_addresses_on_an_h200_is_odd(monkeypatch):
+    tile = Tiles(rows=64, keys=64, parts=(64, 32), warps=4, stages=1)
+    monkeypatch.setattr(perceiver_attn, "forward_tiles", lambda *_: tile)
+    q, kv = (torch.empty(1, rows, 16, 96, dtype=torch.bfloat16, device="meta") for rows in (64, 100))
+    with dry(90) as device:
+        perceiver_attn.launch_forward(q, kv, kv, q, q, None, 0)
+    assert device.records[0].odd_descriptors > 0

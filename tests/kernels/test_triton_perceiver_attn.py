@@ -119,8 +119,8 @@ MUTANTS = [
     ),
     Mutant(
         "forward without the latents",
-        "range(0, R, BLOCK_J):\n            rows_L = start + tl.arange(0, BLOCK_J)\n            peak",
-        "range(R, R, BLOCK_J):\n            rows_L = start + tl.arange(0, BLOCK_J)\n            peak",
+        "range(0, _own_latents(split, R), BLOCK_J):\n        rows_L = start + tl.arange(0, BLOCK_J)\n        peak",
+        "range(R, _own_latents(split, R), BLOCK_J):\n        rows_L = start + tl.arange(0, BLOCK_J)\n        peak",
     ),
     Mutant(
         "old sums are not rescaled", "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"
@@ -142,6 +142,7 @@ MUTANTS = [
         "    for split in range(0, splits):\n        share",
         "    for split in range(0, splits - 1):\n        share",
     ),
+    Mutant("every share attends to the latents", "tl.where(split == 0, R, 0)", "R"),
     Mutant("all shares write one dq", "    row += split.to(tl.int64) * query_rows\n", ""),
     Mutant("all query tiles write one dk", "out_row_J = tile.to(tl.int64) * feature_rows + ", "out_row_J = "),
     Mutant("a head writes its neighbour's dk", "(n * J + rows_J) * H + h", "(n * J + rows_J) * H + 0 * h"),
@@ -166,6 +167,7 @@ def test_mutant_is_caught(mutant, monkeypatch, tmp_path):
     assert_mutant_is_caught(mutant, op, "kernel", everything, monkeypatch, tmp_path)
 
 
+@pytest.mark.modes("interpret")  # as the mutants, whose check it is
 def test_a_dropped_partial_gradient_is_caught(monkeypatch):
     monkeypatch.setattr(op, "_sum_partials", lambda partials, dtype: partials[0].to(dtype))
     with pytest.raises(AssertionError, match="dq|dk|dv"):
