@@ -21,8 +21,8 @@ LOWEST = tl.constexpr(-1.0e30)
 def _own_latents(split: tl.tensor, R: tl.constexpr) -> tl.tensor:
     """Return how many latents this share attends to: all in share 0, none in the others.
 
-    The bound of a loop rather than `if split == 0` around it: inside such a branch ptxas 12.8 take the
-    register that holds the share for a zero, and mix it up with the address in a wgmma descriptor (wrong results and
+    The bound of a loop rather than `if split == 0` around it: inside such a branch ptxas 12.8 takes the
+    register that holds the share for a zero, and mixes it up with the address in a wgmma descriptor (wrong results and
     illegal addresses on an H200; `Record.odd_descriptors` finds it in the binary).
     """
     return tl.where(split == 0, R, 0)

@@ -176,8 +176,8 @@ def odd_descriptors(code: str) -> list[str]:
 
     A 64-bit descriptor holds an operand's place in shared memory below, swizzle and stride above. Its sum is two
     instructions, and the second, `UIADD3.X d, a, upper half, URZ, carry`, needs `a` to be zero: it is sound after
-    `UMOV a, URZ`. ptxas 12.8 also take a register that is known to be zero where the code stands, such as
-    the number of a share after `if share == 0`, and then use that register for the operand's place as well: the
+    `UMOV a, URZ`. ptxas 12.8 also takes a register that is known to be zero where the code stands, such as
+    the number of a share after `if share == 0`, and then uses that register for the operand's place as well: the
     product reads other memory. Seen on an H200 and, after that, in the binary; so what is not sound is counted.
 
     Args:
