@@ -20,6 +20,7 @@ from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import OptimizerConfig
 from flamingo_dist.training.optimizer import make_optimizer
 from jobs.bench import idefics
+from jobs.bench.compare import first_line
 from jobs.bench.contender import LeftOutError
 from jobs.bench.networks import (
     IDEFICS,
@@ -158,6 +159,9 @@ def _compare(
             continue
         except torch.cuda.OutOfMemoryError:
             yield replace(blank, reason="out of memory: fewer --layers or --rows")
+            continue
+        except Exception as error:  # whatever another's classes raise: it is a result, not an end
+            yield replace(blank, reason=first_line(error))
             continue
         finally:
             _release(config.device)

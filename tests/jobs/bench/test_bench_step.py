@@ -1,0 +1,48 @@
+"""The step benchmark at tiny sizes on a CPU."""
+
+import pytest
+import torch
+
+from jobs.bench import idefics, networks
+from jobs.bench.step import StepConfig, run_step
+from kernels.config import is_interpreted
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [*networks.PAPER, "3b-idefics", "9b-idefics"])
+def test_useful_operations_are_those_of_the_features_that_are_given(name):
+    """A stand-in of 320 pixels counted 1,600 features where the batch holds 100: useful MFU of 131% on an H200."""
+    config = StepConfig(device=CPU, networks=(name,))
+    model = config.model(name)
+    assert model.vision.num_features == config.size(model).features == 100
+    if name in networks.PAPER:
+        with_pixels = StepConfig(device=CPU, networks=(name,), pixels=True).model(name)
+        assert with_pixels.vision.image_size == 320
+        assert with_pixels.vision.num_features == 100
+
+
+def test_a_contender_that_raises_does_not_end_the_run(monkeypatch):
+    def broken(ours):
+        raise RuntimeError("Offset increment outside graph capture\nencountered unexpectedly")
+
+    monkeypatch.setattr(idefics, "IdeficsNetwork", broken)
+    rows = {(row.shape, row.contender): row for row in run_step(StepConfig(device=CPU, tiny=True)).rows}
+    left_out = rows["smoke-idefics", idefics.NAME]
+    assert (left_out.status, left_out.reason) == (
+        "left out", "RuntimeError: Offset increment outside graph capture",
+    )  # fmt: skip
+    assert rows["smoke-idefics", "reference"].status == "timed"
+    if not is_interpreted:
+        assert "Triton kernels need CUDA" in rows["smoke", "triton"].reason
+
+
+def test_weights_drawn_on_the_device_are_the_same_for_every_contender():
+    config = networks.network("smoke")
+    with networks.one_process(CPU):
+        models = [
+            networks.build(config, torch.float32, CPU, seed=seed, draw_there=True) for seed in (0, 0, 1)
+        ]
+    first, again, other = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
