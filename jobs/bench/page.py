@@ -82,7 +82,7 @@ def _note(results: Results | None) -> str:
     return (
         f"Measured on {where}; torch {about.get('torch')}, triton {about.get('triton')}, CUDA {about.get('cuda')}, "
         f"Python {about.get('python')}, commit `{about.get('commit')}`.{rate} Written from the results by "
-        "`flamingo bench page`."
+        "`flamingo bench page`; `benchmarks/results/README.md` says what each file is of."
     )
 
 

@@ -10,6 +10,7 @@ flamingo bench kernels --ops gated_xattn --levels core --shapes 9B
 flamingo bench step --networks 9b 80b-tp8     # the step level alone, other sizes
 flamingo bench step --networks 3b --pixels --profile   # where the time goes, vision encoder included
 flamingo bench losses                         # a short fp32 training run against the same run on the CPU
+python -m jobs.bench.tune                     # other tiles than the kernels' tables hold, by time
 flamingo bench page benchmarks/results/*.json --page docs/benchmarks.md
 make gpu-check                                # kernel tests on the GPU and all of the above, in under nine minutes
 ```
