@@ -35,18 +35,18 @@ class PublishedWeights:
 
         A collective: every tensor-parallel peer asks for the same parameter, and every data-parallel peer too if
         the parameter is not partitioned by ZeRO-3.
+
+        Raises:
+            OSError: the first of the data-parallel peers could not read it; on that rank its own error.
         """
         if hasattr(param, "ds_id") or self.topology.data == 1:
             return self._read(name, param.shape)
-        if self.topology.data_rank == 0:
-            # GPT-2's matrices are read as views of transposed ones, and a broadcast sends memory as it lies.
-            value = self._read(name, param.shape).to(world_device(), param.dtype).contiguous()
-        else:
-            value = torch.empty(param.shape, dtype=param.dtype, device=world_device())
-        dist.broadcast(
-            value, group_src=0, group=parallel_state.get_data_parallel_group()
-        )  # its ranks are ordered as `data_rank`
-        return value
+        return _handed_on(
+            (lambda: self._read(name, param.shape)) if self.topology.data_rank == 0 else None,
+            torch.empty(param.shape, dtype=param.dtype, device=world_device()),
+            name,
+            group=parallel_state.get_data_parallel_group(),  # its ranks are ordered as `data_rank`
+        )
 
     def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
         """Return start values fp32 [X, D] of the trainable rows, and how much published rows differ."""
@@ -104,16 +104,55 @@ class HandedOn:
         return self._shapes
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """Return the slice `[rows, columns]` of the tensor `name`, fp32 on the CPU."""
-        if self._source is not None:
-            value = self._source.read(name, rows, columns).to(world_device(), torch.float32).contiguous()
-        else:
-            empty = torch.empty(self._shapes[name], device="meta")
-            empty = empty[rows] if rows != ALL else empty
-            empty = empty[:, columns] if columns != ALL else empty
-            value = torch.empty(empty.shape, device=world_device())
-        dist.broadcast(value, src=0)
-        return value.cpu()
+        """Return the slice `[rows, columns]` of the tensor `name`, fp32 on the CPU.
+
+        Raises:
+            OSError: the first rank could not read it; on that rank its own error.
+        """
+        source, empty = self._source, torch.empty(self._shapes[name], device="meta")
+        empty = empty[rows] if rows != ALL else empty
+        empty = empty[:, columns] if columns != ALL else empty
+        return _handed_on(
+            None if source is None else (lambda: source.read(name, rows, columns)),
+            torch.empty(empty.shape, device=world_device()),
+            name,
+        ).cpu()
+
+
+def _handed_on(
+    read: Callable[[], Tensor] | None,
+    value: Tensor,
+    name: str,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return `value`, filled by the group's first rank, which reads; if it cannot, all raise, and nobody waits.
+
+    Args:
+        read: gives the tensor, on the first rank; None elsewhere.
+        value: filled in place; any shape and dtype, on the run's device.
+        name: of the tensor, for the message.
+        group: whose ranks share it; None for all.
+
+    Raises:
+        OSError: the first rank could not read; there, its own error is raised.
+    """
+    trouble: Exception | None = None
+    if read is not None:
+        try:
+            # GPT-2's matrices are read as views of transposed ones; a broadcast sends memory as it lies, which is why
+            # they are copied into place.
+            value.copy_(read())
+        except Exception as error:  # of any storage
+            trouble = error
+    failed = torch.tensor(int(trouble is not None), device=value.device)
+    dist.broadcast(failed, group_src=0, group=group)
+    if trouble is not None:
+        raise trouble
+    if failed.item():
+        raise OSError(f"the rank that reads {name!r} for this one could not; its own message says why.")
+    dist.broadcast(value, group_src=0, group=group)
+    return value
 
 
 def exchange_columns(rows_RC: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Slices of safetensors from local files, memory and a web server: values, bytes read, memory held, errors."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -140,6 +142,36 @@ def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, family, world, 
     # norms and what else is not cut by each tensor-parallel rank.
     assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (config + 1)
     assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
+
+
+def break_on_the_first_rank(topology: Topology, path: str) -> str:
+    published, calls = PublishedWeights(read_lm_config(path), topology), itertools.count()
+    whole = published.source.read
+
+    def read(*args: Any) -> torch.Tensor:
+        if topology.data_rank == 0 and next(calls) == 4:
+            raise ConnectionError("the storage is gone")
+        return whole(*args)
+
+    published.source.read = read  # type: ignore[method-assign]
+    lm = LanguageModel(published.config, torch.float32)
+    try:
+        fill_parameters(
+            lm,
+            lambda name, param: (
+                torch.zeros(param.shape) if ".extra" in name else published.values(name, param)
+            ),
+        )
+    except OSError as error:
+        return type(error).__name__
+    return "nothing"
+
+
+@pytest.mark.distributed
+def test_a_storage_that_goes_away_ends_all_data_parallel_peers(ranks, saved):
+    folder, _ = saved
+    found = ranks.run(break_on_the_first_rank, str(folder / "llama"), world=3, timeout=60)
+    assert found == ["ConnectionError", "OSError", "OSError"]
 
 
 def test_peak_memory_is_the_shard_and_one_layer(tmp_path):

@@ -174,3 +174,36 @@ def test_a_dry_run_reads_no_weights(stored: Path, name: str) -> None:
         found = build_vision(vision)(torch.empty(2, 3, size, size, dtype=torch.uint8))
         assert server.requests[file] == 0
     assert found.shape == (2, vision.num_features, vision.width)
+
+
+class Breaking:
+    """A source whose storage goes away for good after some tensors."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.left = source, 3
+
+    def shapes(self) -> Any:
+        return self.source.shapes()
+
+    def read(self, *args: Any) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("the storage is gone")
+        return self.source.read(*args)
+
+
+def breaks(topology: Topology, root: str, name: str) -> str:
+    try:
+        features(config(root, name), opening=lambda source: HandedOn(lambda: Breaking(source())))
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.distributed
+def test_a_storage_that_goes_away_ends_all_ranks(ranks: RankPool, stored: Path) -> None:
+    first, *others = ranks.run(breaks, str(stored), "timm.safetensors", world=3, timeout=60)
+    assert first == "ConnectionError: the storage is gone"
+    assert len(others) == 2
+    for said in others:
+        assert said.startswith("OSError: the rank that reads '")
