@@ -76,10 +76,10 @@ def xattn_tiles(width: int, backward: bool) -> Iterator[Tile]:
         for rows, parts, stages in product((64, 128), halves, (1, 2)):
             yield Tile(rows, rows // 16, parts, stages=stages)
         return
-    for rows, parts, cap in product((32, 64), halves, (None, 128, 168)):
-        yield Tile(rows, 4, parts, registers=cap)
-    for parts in halves:
-        yield Tile(64, 4, parts, stages=2)
+    for parts, cap, stages, dv_first in product(halves, (None, 168), (1, 2), (False, True)):
+        yield Tile(64, 4, parts, registers=cap, stages=stages, dv_first=dv_first)
+    for cap in (None, 128):
+        yield Tile(32, 4, halves[0], registers=cap)
 
 
 def perceiver_tiles(backward: bool) -> Iterator[Tiles]:
