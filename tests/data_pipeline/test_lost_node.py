@@ -18,11 +18,14 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray to which a test can add nodes on this machine, and kill them."""
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    # Whatever temp_dir says, Cluster writes its address into the default folder, which exists where Ray has run before.
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    Path(folder, "ray").mkdir()
     quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
     made = Cluster()
     made.add_node(
