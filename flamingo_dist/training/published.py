@@ -43,8 +43,9 @@ class PublishedWeights:
             return self._read(name, param.shape)
         return _handed_on(
             (lambda: self._read(name, param.shape)) if self.topology.data_rank == 0 else None,
-            torch.empty(param.shape, dtype=param.dtype, device=world_device()),
             name,
+            param.shape,
+            param.dtype,
             group=parallel_state.get_data_parallel_group(),  # its ranks are ordered as `data_rank`
         )
 
@@ -114,43 +115,48 @@ class HandedOn:
         empty = empty[:, columns] if columns != ALL else empty
         return _handed_on(
             None if source is None else (lambda: source.read(name, rows, columns)),
-            torch.empty(empty.shape, device=world_device()),
             name,
+            empty.shape,
+            torch.float32,
         ).cpu()
 
 
 def _handed_on(
     read: Callable[[], Tensor] | None,
-    value: Tensor,
     name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return `value`, filled by the group's first rank, which reads; if it cannot, all raise, and nobody waits.
+    """Return what the group's first rank reads, on the run's device; if it cannot, all raise, and nobody waits.
 
     Args:
         read: gives the tensor, on the first rank; None elsewhere.
-        value: filled in place; any shape and dtype, on the run's device.
         name: of the tensor, for the message.
+        shape: of the tensor.
+        dtype: of the result.
         group: whose ranks share it; None for all.
 
     Raises:
         OSError: the first rank could not read; there, its own error is raised.
     """
-    trouble: Exception | None = None
-    if read is not None:
+    value, trouble = None, None
+    if read is None:
+        value = torch.empty(shape, dtype=dtype, device=world_device())
+    else:
         try:
-            # GPT-2's matrices are read as views of transposed ones; a broadcast sends memory as it lies, which is why
-            # they are copied into place.
-            value.copy_(read())
+            # GPT-2's matrices are read as views of transposed ones, and a broadcast sends memory as it lies.
+            value = read().to(world_device(), dtype).contiguous()
         except Exception as error:  # of any storage
             trouble = error
-    failed = torch.tensor(int(trouble is not None), device=value.device)
+    failed = torch.tensor(int(trouble is not None), device=world_device())
     dist.broadcast(failed, group_src=0, group=group)
     if trouble is not None:
         raise trouble
     if failed.item():
         raise OSError(f"the rank that reads {name!r} for this one could not; its own message says why.")
+    assert value is not None, "there is a value where there was no trouble"
     dist.broadcast(value, group_src=0, group=group)
     return value
 
