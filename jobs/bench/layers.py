@@ -57,7 +57,7 @@ def layer_subject(
         return x.requires_grad_()
 
     layer = _builder(shape, device, dtype)("reference")
-    _fill(layer, generator)
+    fill(layer, generator)
     index = None
     if isinstance(shape, XattnShape):
         stream = draw(shape.rows, shape.batch, shape.stream)
@@ -138,11 +138,11 @@ def _builder(shape: XattnShape | PerceiverShape, device: torch.device, dtype: to
 
 
 @torch.no_grad()
-def _fill(layer: nn.Module, generator: torch.Generator) -> None:
+def fill(module: nn.Module, generator: torch.Generator) -> None:
     """Fill by the parameters' tags, on their own device (the run's own filling draws on the CPU)."""
     from flamingo_dist.models.init import tag_of
 
-    for parameter in layer.parameters():
+    for parameter in module.parameters():
         tag = tag_of(parameter)
         if tag.std is None:
             parameter.fill_(tag.value)

@@ -15,6 +15,7 @@ from jobs.bench.networks import (
     BatchConfig,
     build,
     make_batch,
+    nll_sum,
     one_process,
     smoke_network,
     with_implementation,
@@ -107,11 +108,7 @@ def _train(config: LossesConfig, implementation: str, device: torch.device) -> l
         losses = {}
         for place, (name, weight) in enumerate(WEIGHTS.items()):
             batch = make_batch(network, sizes[name], seed=10 * number + place).to(device)
-            out = model(
-                batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM,
-                targets_BT=batch.targets(),
-            )  # fmt: skip
-            loss = out.nll_BT.sum() / batch.num_loss_tokens()
+            loss = nll_sum(model, batch, batch.targets()) / batch.num_loss_tokens()
             (weight * loss).backward()
             losses[name] = float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(trained, settings.clip_norm))

@@ -21,6 +21,7 @@ from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
 from flamingo_dist.training.batch import TrainBatch
+from jobs.bench.layers import fill
 
 
 def smoke_network() -> FlamingoConfig:
@@ -201,15 +202,13 @@ def build(
     from flamingo_dist.models.init import draw, tag_of
 
     model = Flamingo(config, dtype=dtype, activation_checkpointing=recompute).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    if draw_there:
+        fill(model, torch.Generator(device).manual_seed(seed))
+        return model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            tag = tag_of(parameter)
-            if draw_there and tag.std is not None:
-                parameter.normal_(0.0, tag.std, generator=generator)
-            else:
-                values = draw(name, tag, parameter.shape, seed=seed, tp_rank=0, tp_size=1)
-                parameter.copy_(values)
+            values = draw(name, tag_of(parameter), parameter.shape, seed=seed, tp_rank=0, tp_size=1)
+            parameter.copy_(values)
     return model
 
 
@@ -274,3 +273,19 @@ def make_batch(config: FlamingoConfig, size: BatchConfig, *, seed: int) -> Train
         media=media,
         media_mask_BM=torch.ones(size.rows, size.media, dtype=torch.bool),
     )
+
+
+def nll_sum(network: Flamingo, batch: TrainBatch, targets_BT: Tensor) -> Tensor:
+    """Return the sum of the losses of the targets that are not ignored, 0-dim.
+
+    Args:
+        network: ours.
+        batch: what it reads.
+        targets_BT: int64 [B, T], -100 where no loss is wanted.
+    """
+    out = network(
+        batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM, targets_BT=targets_BT
+    )
+    assert out.nll_BT is not None, "targets were given"
+    total: Tensor = out.nll_BT.sum()
+    return total

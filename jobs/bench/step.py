@@ -28,6 +28,7 @@ from jobs.bench.networks import (
     build,
     make_batch,
     network,
+    nll_sum,
     one_process,
     with_encoder,
     with_implementation,
@@ -249,19 +250,10 @@ class _Step:
         return self()
 
     def _loss_sum(self) -> Tensor:
-        batch = self.batch
-        if not isinstance(self.network, Flamingo):
-            total: Tensor = self.network(batch, self.targets_BT)
-            return total
-        out = self.network(
-            batch.tokens_BT,
-            batch.media_index_BT,
-            batch.media,
-            batch.media_mask_BM,
-            targets_BT=self.targets_BT,
-        )
-        assert out.nll_BT is not None, "targets were given"
-        return out.nll_BT.sum()
+        if isinstance(self.network, Flamingo):
+            return nll_sum(self.network, self.batch, self.targets_BT)
+        total: Tensor = self.network(self.batch, self.targets_BT)
+        return total
 
     def useful_flops(self) -> float:
         """Return the operations that a step needs: forward and backward, nothing computed twice."""

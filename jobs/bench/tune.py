@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jobs.bench.cases import make_case
+from jobs.bench.checking import error_of
 from jobs.bench.compare import first_line
 from jobs.bench.roofline import cost
 from jobs.bench.rows import environment
@@ -167,7 +168,9 @@ def time_some(some: Sequence[Trial], device: torch.device, seconds: float) -> li
                 call = call_of(trial, trial.shape, device)
                 got = call()
                 want = want or got
-                row["difference"] = max(_relative(a, b) for a, b in zip(got, want, strict=True) if b.dim())
+                row["difference"] = max(
+                    error_of(a, b, float(b.float().norm())) for a, b in zip(got, want, strict=True) if b.dim()
+                )
                 row["ms"] = clock.measure(call).median
         except Exception as error:  # out of shared memory, a compiler's own, or an illegal address: a result
             row["why"] = first_line(error)
@@ -177,10 +180,6 @@ def time_some(some: Sequence[Trial], device: torch.device, seconds: float) -> li
         least = cost(trial.shape, "bwd" if trial.backward else "fwd").bytes
         row["copy_share"] = least / (1e-3 * row["ms"]) / copy_rate
     return rows
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
 
 
 def time_all(found: Sequence[Trial], device: torch.device, seconds: float) -> list[dict[str, Any]]:
