@@ -231,14 +231,12 @@ def _backprop(
     delta: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
-    rows_J: tl.tensor,
     inside_J: tl.tensor,
     seen_J: tl.tensor,
     stride_k: tl.tensor,
     stride_v: tl.tensor,
     dk_ptr: tl.tensor,
     dv_ptr: tl.tensor,
-    out_row_J: tl.tensor,
     dq0: tl.tensor,
     dq1: tl.tensor,
     scale_log2: tl.tensor,
@@ -246,29 +244,38 @@ def _backprop(
     K: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     PREC: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Write one key block's dK and dV, return (dq0, dq1) with its part added."""
+    """Write one key block's dK and dV, return (dq0, dq1) with its part added.
+
+    The pointers are at the block's first row, and the gradients' rows are STRIDE apart, as heads lie side by side: so
+    the rows' places are small numbers that every block has alike. dV is written before dP is there, for registers.
+    """
+    rows_J = tl.arange(0, BLOCK_J)
     k0 = load_tile(k_ptr, rows_J, seen_J, stride_k, 0, K, K0)
     v0 = load_tile(v_ptr, rows_J, seen_J, stride_v, 0, K, K0)
-    k1 = k0
+    k1, v1 = k0, v0
     if K1 > 0:
         k1 = load_tile(k_ptr, rows_J, seen_J, stride_k, K0, K, K1)
-    p = tl.exp2(_scores(q0, q1, k0, k1, scale_log2, seen_J, K1, PREC, UPCAST) - lse[:, None])
-    dp = dot(do0, tl.trans(v0), PREC, UPCAST)
-    p_T = tl.trans(p.to(do0.dtype))
-    store_tile(dv_ptr, out_row_J, inside_J, K, 0, dot(p_T, do0, PREC, UPCAST), K, K0)
-    if K1 > 0:
         v1 = load_tile(v_ptr, rows_J, seen_J, stride_v, K0, K, K1)
+    p = tl.exp2(_scores(q0, q1, k0, k1, scale_log2, seen_J, K1, PREC, UPCAST) - lse[:, None])
+    p_T = tl.trans(p.to(do0.dtype))
+    store_tile(dv_ptr, rows_J, inside_J, STRIDE, 0, dot(p_T, do0, PREC, UPCAST), K, K0)
+    if K1 > 0:
+        store_tile(dv_ptr, rows_J, inside_J, STRIDE, K0, dot(p_T, do1, PREC, UPCAST), K, K1)
+    dp = dot(do0, tl.trans(v0), PREC, UPCAST)
+    if K1 > 0:
         dp += dot(do1, tl.trans(v1), PREC, UPCAST)
-        store_tile(dv_ptr, out_row_J, inside_J, K, K0, dot(p_T, do1, PREC, UPCAST), K, K1)
     ds = (p * (dp - delta[:, None]) * scale).to(q0.dtype)
     ds_T = tl.trans(ds)
-    store_tile(dk_ptr, out_row_J, inside_J, K, 0, dot(ds_T, q0, PREC, UPCAST), K, K0)
+    store_tile(dk_ptr, rows_J, inside_J, STRIDE, 0, dot(ds_T, q0, PREC, UPCAST), K, K0)
+    if K1 > 0:
+        store_tile(dk_ptr, rows_J, inside_J, STRIDE, K0, dot(ds_T, q1, PREC, UPCAST), K, K1)
     dq0 += dot(ds, k0, PREC, UPCAST)
     if K1 > 0:
-        store_tile(dk_ptr, out_row_J, inside_J, K, K0, dot(ds_T, q1, PREC, UPCAST), K, K1)
         dq1 += dot(ds, k1, PREC, UPCAST)
     return dq0, dq1
 
@@ -363,25 +370,29 @@ def backward_kernel(
 
     dq0 = tl.zeros([BLOCK_R, K0], tl.float32)
     dq1 = tl.zeros([BLOCK_R, K1 if K1 > 0 else 16], tl.float32)
-    for start in range(0, _own_latents(split, R), BLOCK_J):
-        rows_L = start + tl.arange(0, BLOCK_J)
-        inside_L = rows_L < R
-        out_row_L = tile.to(tl.int64) * query_rows + (n * R + rows_L) * H + h
+    # Nothing is moved out of the loops: what was kept all the while were the registers that spilled.
+    for start in tl.range(0, _own_latents(split, R), BLOCK_J, disable_licm=True):
+        inside_L = tl.arange(0, BLOCK_J) < R - start
+        first_row = tl.cast(start, tl.int64)
+        at = (tile.to(tl.int64) * query_rows + (n * R + start) * H + h) * K
         dq0, dq1 = _backprop(
-            q0, q1, do0, do1, lse, delta, kl_ptr, vl_ptr, rows_L, inside_L, inside_L, skl_r, svl_r,
-            dkl_ptr, dvl_ptr, out_row_L, dq0, dq1, scale_log2, scale, K, K0, K1, PREC, UPCAST,
+            q0, q1, do0, do1, lse, delta, kl_ptr + first_row * skl_r, vl_ptr + first_row * svl_r,
+            inside_L, inside_L, skl_r, svl_r, dkl_ptr + at, dvl_ptr + at,
+            dq0, dq1, scale_log2, scale, K, K0, K1, H * K, BLOCK_J, PREC, UPCAST,
         )  # fmt: skip
     first = split * blocks_a_split * BLOCK_J
-    for start in range(first, tl.minimum(J, first + blocks_a_split * BLOCK_J), BLOCK_J):
-        rows_J = start + tl.arange(0, BLOCK_J)
-        inside_J = rows_J < J
+    for start in tl.range(first, tl.minimum(J, first + blocks_a_split * BLOCK_J), BLOCK_J, disable_licm=True):
+        inside_J = tl.arange(0, BLOCK_J) < J - start
         seen_J = inside_J
         if HAS_MASK:
-            seen_J = inside_J & (tl.load(mask_ptr + n * J + rows_J, mask=inside_J, other=0) != 0)
-        out_row_J = tile.to(tl.int64) * feature_rows + (n * J + rows_J) * H + h
+            flags = tl.load(mask_ptr + n * J + start + tl.arange(0, BLOCK_J), mask=inside_J, other=0)
+            seen_J = inside_J & (flags != 0)
+        first_row = tl.cast(start, tl.int64)
+        at = (tile.to(tl.int64) * feature_rows + (n * J + start) * H + h) * K
         dq0, dq1 = _backprop(
-            q0, q1, do0, do1, lse, delta, kf_ptr, vf_ptr, rows_J, inside_J, seen_J, skf_j, svf_j,
-            dkf_ptr, dvf_ptr, out_row_J, dq0, dq1, scale_log2, scale, K, K0, K1, PREC, UPCAST,
+            q0, q1, do0, do1, lse, delta, kf_ptr + first_row * skf_j, vf_ptr + first_row * svf_j,
+            inside_J, seen_J, skf_j, svf_j, dkf_ptr + at, dvf_ptr + at,
+            dq0, dq1, scale_log2, scale, K, K0, K1, H * K, BLOCK_J, PREC, UPCAST,
         )  # fmt: skip
     row += split.to(tl.int64) * query_rows
     store_tile(dq_ptr, row, real_R, K, 0, dq0, K, K0)

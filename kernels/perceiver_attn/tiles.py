@@ -62,6 +62,9 @@ def backward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -
         # At a width of 64 two blocks of 64 keys on their way spill (56 bytes of stack); of 32 they do not.
         keys = 64 if rows <= 64 and parts[0] != 64 else 32
         return Tiles(rows=min(rows, 64), keys=keys, parts=parts, warps=8, stages=2)
+    if rows <= 64 and arch == 90 and sum(parts) <= 96:
+        # At most 255 registers for four warps: two programs share a processor, where eight warps leave room for one.
+        return Tiles(rows=rows, keys=64, parts=parts, warps=4, stages=2)
     if rows <= 64:
         return Tiles(rows=rows, keys=64, parts=parts, warps=8, stages=2)
     return Tiles(rows=128, keys=32, parts=parts, warps=8, stages=2)

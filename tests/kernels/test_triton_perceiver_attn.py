@@ -108,14 +108,16 @@ def test_large_scores_stay_finite(device):
 
 MUTANTS = [
     Mutant("forward sees padding", "seen_J = seen_J & (tl.load(", "seen_J = seen_J | (tl.load("),
-    Mutant("backward sees padding", "seen_J = inside_J & (tl.load(", "seen_J = inside_J | (tl.load("),
+    Mutant("backward sees padding", "seen_J = inside_J & (flags", "seen_J = inside_J | (flags"),
     Mutant(
         "forward drops the last keys",
         "seen_J = rows_J < J\n        if HAS_MASK:\n            seen_J = seen_J",
         "seen_J = rows_J < J // BLOCK_J * BLOCK_J\n        if HAS_MASK:\n            seen_J = seen_J",
     ),
     Mutant(
-        "backward drops the last keys", "inside_J = rows_J < J", "inside_J = rows_J < J // BLOCK_J * BLOCK_J"
+        "backward drops the last keys",
+        "inside_J = tl.arange(0, BLOCK_J) < J - start",
+        "inside_J = tl.arange(0, BLOCK_J) < J // BLOCK_J * BLOCK_J - start",
     ),
     Mutant(
         "forward without the latents",
@@ -144,8 +146,10 @@ MUTANTS = [
     ),
     Mutant("every share attends to the latents", "tl.where(split == 0, R, 0)", "R"),
     Mutant("all shares write one dq", "    row += split.to(tl.int64) * query_rows\n", ""),
-    Mutant("all query tiles write one dk", "out_row_J = tile.to(tl.int64) * feature_rows + ", "out_row_J = "),
-    Mutant("a head writes its neighbour's dk", "(n * J + rows_J) * H + h", "(n * J + rows_J) * H + 0 * h"),
+    Mutant("all query tiles write one dk", "(tile.to(tl.int64) * feature_rows + (n * J", "((n * J"),
+    Mutant("a head writes its neighbour's dk", "(n * J + start) * H + h", "(n * J + start) * H + 0 * h"),
+    Mutant("every block of keys reads the first", "kf_ptr + first_row * skf_j", "kf_ptr"),
+    Mutant("blocks of keys in the wrong place", "dkf_ptr + at, dvf_ptr + at", "dkf_ptr + at, dvf_ptr"),
 ]
 
 
