@@ -5,12 +5,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from flamingo_dist.models.head_loss import HeadShard, frozen_head_nll
 from flamingo_dist.models.init import tag
-from flamingo_dist.models.linear import sum_grad_over_tp, tp_size
+from flamingo_dist.models.linear import tp_size
 from flamingo_dist.models.lm_config import LMConfig
 
 IGNORE = -100
@@ -56,20 +56,34 @@ class FrozenVocabulary(VocabParallelEmbedding):
         rows = padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size)
         super().__init__(rows, config.width, init_method=lambda _: None, config=megatron)
         tag(self.weight, std=0.02, partition_dim=0)
+        self.vocab_size = config.vocab_size
 
-    def forward(self, x: Tensor, *, as_head: bool = False) -> Tensor:
-        """Embed ids, or project hidden states on this rank's part of the vocabulary.
+    def forward(
+        self,
+        x: Tensor,
+        extra_NX: Tensor | None = None,
+        targets_N: Tensor | None = None,
+        *,
+        as_head: bool = False,
+    ) -> Tensor:
+        """Embed ids, or give this rank's part of hidden states' logits, or their losses.
 
         Args:
-            x: ids [...] int64 below `vocab_size`; with `as_head`, hidden states [..., D].
-            as_head: whether to project.
+            x: ids [...] int64 below `vocab_size`; with `as_head`, hidden states [..., D], [N, D] for losses.
+            extra_NX: for losses, the logits of the trainable rows [N, X].
+            targets_N: for losses, ids below `vocab_size` + X, int64 [N].
+            as_head: whether `x` is hidden states.
 
         Returns:
-            [..., D], or with `as_head` this rank's logits of shape [..., V / TP].
+            [..., D]; with `as_head` this rank's logits of shape [..., V / TP], without a gradient, or fp32 losses
+            [N] in nats.
         """
-        if as_head:
-            return F.linear(sum_grad_over_tp(x), self.weight)
-        return super().forward(x)
+        if not as_head:
+            return super().forward(x)
+        if extra_NX is None or targets_N is None:
+            return F.linear(x.detach(), self.weight)
+        shard = HeadShard(weight_VD=self.weight, start=self.vocab_start_index, vocab_size=self.vocab_size)
+        return frozen_head_nll(x, extra_NX, targets_N, shard)
 
 
 class Vocabulary(nn.Module):
@@ -110,23 +124,17 @@ class Vocabulary(nn.Module):
         extra = self.extra((tokens_BT - first_extra).clamp(min=0))
         return torch.where(is_extra[..., None], extra, frozen)
 
-    def _local_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's logits [..., V / TP], padding rows at -inf, and the extra ones [..., 2]."""
-        head = self.frozen if self.frozen_head is None else self.frozen_head
-        local = head(x, as_head=True)
-        surplus = head.vocab_end_index - self.config.vocab_size
-        if surplus > 0:
-            is_padding = torch.arange(local.shape[-1], device=x.device) >= local.shape[-1] - surplus
-            local = local.masked_fill(is_padding, float("-inf"))
-        return local, self.extra_head(x, as_head=True)
+    @property
+    def _head(self) -> FrozenVocabulary:
+        return self.frozen if self.frozen_head is None else self.frozen_head
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return the logits [B, T, V + X] of the hidden states `x_BTD`, gathered over the TP group, no gradient.
 
         megatron-core's own gather allocates on a CUDA device, whatever the input's.
         """
-        local, extra = self._local_logits(x_BTD)
-        full, extra = local.detach().contiguous(), extra.detach()
+        full = self._head(x_BTD, as_head=True).detach().contiguous()
+        extra = self.extra_head(x_BTD, as_head=True).detach()
         if tp_size() > 1:
             parts = [torch.empty_like(full) for _ in range(tp_size())]
             dist.all_gather(parts, full, group=parallel_state.get_tensor_model_parallel_group())
@@ -143,48 +151,4 @@ class Vocabulary(nn.Module):
         Returns:
             fp32 [N], nats.
         """
-        local, extra = self._local_logits(x_ND)
-        return parallel_nll(
-            local.float(),
-            extra.float(),
-            targets_N,
-            vocab_size=self.config.vocab_size,
-            vocab_start=self.frozen.vocab_start_index,
-        )
-
-
-def parallel_nll(
-    local_NV: Tensor, extra_NE: Tensor, targets_N: Tensor, *, vocab_size: int, vocab_start: int
-) -> Tensor:
-    """Cross-entropy over logits sharded over the tensor-parallel group plus a few replicated ones.
-
-    megatron-core's `vocab_parallel_cross_entropy` wants equal shards and no replicated columns; this one
-    takes the extra columns as they are.
-
-    Args:
-        local_NV: this rank's logits, fp32 [N, V / TP].
-        extra_NE: logits of the extra tokens, equal on every rank, fp32 [N, E].
-        targets_N: int64 [N], below vocab_size + E.
-        vocab_size: rows of the frozen vocabulary.
-        vocab_start: id of this rank's first row.
-
-    Returns:
-        fp32 [N], nats.
-    """
-    peak_N = torch.maximum(local_NV.detach().amax(-1), extra_NE.detach().amax(-1))
-    if tp_size() > 1:
-        group = parallel_state.get_tensor_model_parallel_group()
-        dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=group)
-    # megatron-core's reduction returns its input unreduced if that is not contiguous; sums and picks are.
-    local_sum_N = (local_NV - peak_N[:, None]).exp().sum(-1)
-    total_N = reduce_from_tensor_model_parallel_region(local_sum_N)
-    total_N = total_N + (extra_NE - peak_N[:, None]).exp().sum(-1)
-
-    is_extra = targets_N >= vocab_size
-    index_N = targets_N - vocab_start
-    is_local = (index_N >= 0) & (index_N < local_NV.shape[-1]) & ~is_extra
-    picked = local_NV.gather(-1, index_N.clamp(0, local_NV.shape[-1] - 1)[:, None])[:, 0]
-    target_N = reduce_from_tensor_model_parallel_region(torch.where(is_local, picked, 0.0))
-    picked = extra_NE.gather(-1, (targets_N - vocab_size).clamp(min=0)[:, None])[:, 0]
-    target_N = target_N + torch.where(is_extra, picked, 0.0)
-    return total_N.log() + peak_N - target_N
+        return self._head(x_ND, self.extra_head(x_ND, as_head=True), targets_N, as_head=True)

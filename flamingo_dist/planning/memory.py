@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from flamingo_dist.models.head_loss import CHUNK_LOGITS
 from flamingo_dist.planning.gathers import replay
 from flamingo_dist.planning.parameters import ParameterCounts, count_parameters
 from flamingo_dist.planning.vision import vision_working_bytes
@@ -74,14 +75,17 @@ def gathered_bytes(work: Workload, *, tp: int, dp: int, residency: Residency) ->
     }
 
 
-def lm_block_bytes(work: Workload, tokens: int, tp: int) -> float:
+def lm_block_bytes(work: Workload, tokens: int, length: int, tp: int) -> float:
     """Return what a frozen block keeps of `tokens` tokens: no input of a linear layer, as no weight is trained.
 
-    Two norms' inputs, queries, keys, values and result of attention, and the inputs of the activation.
+    Two norms' inputs, queries, keys, values and result of attention, and the inputs of the activation; with relative
+    positions the queries a second time and a bias for each pair of the `length` tokens of a row.
     """
     lm = work.model.lm
     hidden = lm.ffn_width * (3 if lm.activation == "silu_gated" else 1)
     sharded = (2 * lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim + hidden
+    if lm.positions == "relative":
+        sharded += lm.num_heads * (lm.head_dim + length)
     return work.bytes_per_value * tokens * (2 * lm.width + sharded / tp)
 
 
@@ -150,24 +154,27 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     model, size = work.model, work.bytes_per_value
     tokens, media = data.rows * data.tokens / dp, data.rows * data.media / dp
     n_tokens, n_media = int(tokens), max(1, int(media))
-    lm = lm_block_bytes(work, n_tokens, tp)
+    lm = lm_block_bytes(work, n_tokens, data.tokens, tp)
     gated = gated_block_bytes(work, n_tokens, n_media, tp)
     stream = float(n_tokens * model.lm.width * size)
     again = work.parallel.activation_checkpointing
     if again:
         results = gated_results_bytes(work, n_tokens, n_media, tp) if again == "selective" else 0.0
         blocks = model.lm.num_layers * stream + len(model.gated_positions()) * results
-        working = lm + gated - results + 2 * stream
+        # Beside what two blocks keep, the gradients before and after the wider activation.
+        hidden = max(model.lm.ffn_width, model.gated.ffw_hidden)
+        working = lm + gated - results + 2 * stream + 2 * n_tokens * hidden * size / tp
     else:
         blocks = model.lm.num_layers * lm + len(model.gated_positions()) * gated
         working = 4 * stream
     if model.lm.weight_storage != "same":  # one matrix at a time stands in the run's dtype
         working += count_parameters(model, tp).largest_matrix * size
-    vocabulary = n_tokens * model.lm.vocab_size / tp
+    vocabulary = model.lm.vocab_size / tp
+    at_once = min(n_tokens, max(1, int(CHUNK_LOGITS // vocabulary)))
     return {
         "kept": blocks + resampler_bytes(work, n_media, data.frames, tp),
         "block": working,
-        # In fp32 the logits, their exponentials and the gradients of both.
-        "logits": vocabulary * 16,
+        # A chunk's logits with their fp32 logarithms; all tokens' final hidden states and gradients (`head_loss`).
+        "logits": at_once * vocabulary * (size + 4) + 2 * stream,
         "vision": vision_bytes(work, n_media * data.frames, tp) if data.pixels else 0.0,
     }

@@ -54,7 +54,7 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
                 value = (linear / assumed.matmul + attention / assumed.attention) / (tp * dp * peak)
             seconds[name] = seconds.get(name, 0.0) + value
         n_tokens, n_media = data.rows * data.tokens // dp, max(1, data.rows * data.media // dp)
-        blocks = work.model.lm.num_layers * lm_block_bytes(work, n_tokens, tp)
+        blocks = work.model.lm.num_layers * lm_block_bytes(work, n_tokens, data.tokens, tp)
         blocks += len(work.model.gated_positions()) * gated_block_bytes(work, n_tokens, n_media, tp)
         kept += blocks * (1.5 if work.parallel.activation_checkpointing else 1.0)
         kept += resampler_bytes(work, n_media, data.frames, tp)

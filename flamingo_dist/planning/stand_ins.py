@@ -181,6 +181,13 @@ def _attention(
 ) -> Tensor:
     """Stand in for `kernels.sdpa.attention`, as on a GPU: shapes as there."""
     gqa = q_BHTK.shape[1] != k_BGSK.shape[1]
+    if mask is not None and mask.requires_grad and not gqa:
+        # On a GPU one kernel gives a bias its gradient (seen on an H200); on a CPU it is products in fp32, one by one.
+        scores = (*q_BHTK.shape[:3], k_BGSK.shape[2])
+        out_BHTK, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q_BHTK, k_BGSK, v_BGSK, mask.expand(scores), True
+        )
+        return out_BHTK
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa
     )

@@ -51,7 +51,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters."""
     groups = parameter_groups(named, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    # Fused: one pass over weights, gradients and moments, and no temporaries of their size.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_lr(param_groups: list[dict[str, Any]], config: OptimizerConfig, step: int) -> float:
