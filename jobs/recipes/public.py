@@ -13,6 +13,7 @@ from data_pipeline.config import DatasetConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig, RopeScaling
+from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from jobs.config import DataConfig, RunConfig
@@ -44,10 +45,18 @@ def _network(lm: LMConfig, *, every: int) -> FlamingoConfig:
 
 
 def _paper_run(
-    name: str, lm: LMConfig, *, every: int, workers: int, tensor: int = 1, batch: int = 256
+    name: str,
+    lm: LMConfig,
+    *,
+    every: int,
+    workers: int,
+    tensor: int = 1,
+    batch: int = 256,
+    recompute: Recompute = False,
 ) -> RunConfig:
     data = paper_data(batch, vocab_size=lm.vocab_size, image_size=IMAGE)
-    return large_run(name, _network(lm, every=every), data, workers=workers, tensor=tensor)
+    network = _network(lm, every=every)
+    return large_run(name, network, data, workers=workers, tensor=tensor, recompute=recompute)
 
 
 def _llama(**shape: Any) -> LMConfig:
@@ -76,7 +85,7 @@ def llama_7b() -> RunConfig:
         ffn_width=14_336,
         tied=False,
     )
-    return _paper_run("llama_7b", lm, every=4, workers=32, tensor=2, batch=512)
+    return _paper_run("llama_7b", lm, every=4, workers=32, batch=512)
 
 
 def llama_70b() -> RunConfig:
@@ -91,7 +100,7 @@ def llama_70b() -> RunConfig:
         ffn_width=28_672,
         tied=False,
     )
-    return _paper_run("llama_70b", lm, every=7, workers=256, tensor=8, batch=1024)
+    return _paper_run("llama_70b", lm, every=7, workers=256, tensor=4, batch=1024, recompute="selective")
 
 
 def qwen_1b() -> RunConfig:
@@ -113,13 +122,13 @@ def qwen_1b() -> RunConfig:
 
 def qwen_7b() -> RunConfig:
     """Return Flamingo on Qwen2.5-7B, a gated block before every 4th LM block; 32 GPUs."""
-    return _paper_run("qwen_7b", _qwen2_7b(), every=4, workers=32, tensor=2, batch=512)
+    return _paper_run("qwen_7b", _qwen2_7b(), every=4, workers=32, batch=512)
 
 
 def qwen_70b() -> RunConfig:
     """Return Flamingo on Qwen2.5-72B, a gated block before every 7th LM block; 256 GPUs."""
     lm = replace(_qwen2_7b(), num_layers=80, width=8192, num_heads=64, num_kv_heads=8, ffn_width=29_568)
-    return _paper_run("qwen_70b", lm, every=7, workers=256, tensor=8, batch=1024)
+    return _paper_run("qwen_70b", lm, every=7, workers=256, tensor=4, batch=1024, recompute="selective")
 
 
 def _qwen2_7b() -> LMConfig:

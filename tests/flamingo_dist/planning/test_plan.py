@@ -80,8 +80,9 @@ def test_links_of_a_ring():
 
 
 def test_checkpointing_trades_memory_for_time():
-    work = work_of("flamingo_9b")
-    without = replace(work, parallel=replace(work.parallel, activation_checkpointing=False))
+    without = work_of("flamingo_9b")
+    assert not without.parallel.activation_checkpointing
+    work = replace(without, parallel=replace(without.parallel, activation_checkpointing=True))
 
     def of(work):
         plan = make_plan(work, machine(64))

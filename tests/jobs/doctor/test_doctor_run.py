@@ -79,7 +79,8 @@ def test_configurations_of_the_recipes_are_consistent():
 
 
 def test_gpus_of_the_nodes():
-    run = flamingo_9b()  # 32 processes, tensor 2
+    run = flamingo_9b()  # 32 processes
+    run = replace(run, parallel=replace(run.parallel, tensor=2))
     assert levels(layout.check_processes(run, nodes(4, 8), own_ray=False))["GPUs"] == "ok"
     few = layout.check_processes(run, nodes(3, 8), own_ray=False)
     assert levels(few)["GPUs"] == "fail"
