@@ -189,7 +189,11 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         config,
         read_ours(rules, tensors),
         vision={**SETTINGS, "weights": VISION, "image_size": stated["vision_config"]["image_size"]},
-        more={**told, **write_tokenizer(folder, _tokenizer_in(source, config.lm.vocab_size))},
+        more={
+            **told,
+            **({"images_wrapped": True} if stated["additional_vocab_size"] else {}),
+            **write_tokenizer(folder, _tokenizer_in(source, config.lm.vocab_size)),
+        },
         shard_bytes=shard_bytes,
     )
     return card_of_import(str(source), "IDEFICS", config, shapes)

@@ -1,4 +1,4 @@
-"""`flamingo generate`: captions for images from a few-shot prompt, with a trained run's newest checkpoint."""
+"""`flamingo generate`: captions or answers for images after a few-shot prompt, by a trained run or a network folder."""
 
 import json
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from data_pipeline.media import MediaConfig, decode_image, decode_video
-from data_pipeline.tokenizer import TokenizerConfig
+from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
-from flamingo_dist.inference.prompt import PLAIN_CAPTION, few_shot_prompt
+from flamingo_dist.inference.prompt import Encode, PromptIds, prompt_of_texts
 from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config
-from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, single_process
 from flamingo_dist.training.build import build_model
 from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint
@@ -20,7 +20,7 @@ from flamingo_dist.training.config import DTYPES
 from flamingo_dist.training.stored_state import load_trainable
 from jobs.encode import media_config
 from jobs.held_out import prompt_ids
-from jobs.network_tokenizer import read_tokenizer
+from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
 from jobs.run_file import load_run_config
 
 
@@ -31,15 +31,22 @@ class GenerateArguments:
     run: str
     """Run folder of a trained run, or a folder that `flamingo export` or `flamingo import` wrote."""
     image: tuple[str, ...]
-    """Images to caption."""
+    """Images, or clips of which the first frame counts, each asked about by itself."""
+    prompt: str = ""
+    """Text that the network continues, such as "Question: how many? Answer:"; empty for a caption. The image comes
+    before it, or where it says `<image>`; an instruct model's `<end_of_utterance>` is that token."""
     shot: tuple[str, ...] = ()
-    """Few-shot examples, each FILE=CAPTION, in the order in which they are shown."""
+    """Few-shot examples, each FILE=TEXT, in the order in which they are shown; a text is whole, answer included."""
     checkpoint: str = "latest"
     """Checkpoint of a run: "latest", a step, or a path."""
     max_new_tokens: int = 20
-    """Longest caption in tokens."""
+    """Longest text in tokens."""
     beams: int = 1
     """Beam width; 1 is greedy (paper: 3)."""
+    temperature: float = 0.0
+    """Above 0 tokens are drawn, from softmax(logits / temperature)."""
+    seed: int = 0
+    """Of the drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,8 @@ class _Source:
     dtype: torch.dtype
     seed: int
     checkpoint: Path | None
+    wrapped: bool = False
+    """Whether the network was trained with an `<EOC>` on either side of an image."""
 
 
 def _source(folder: Path, wanted: str) -> _Source:
@@ -59,9 +68,15 @@ def _source(folder: Path, wanted: str) -> _Source:
             raise ValueError(
                 f"{folder} holds no tokenizer; export it from a run, or import a folder that has one."
             )
-        dtype = DTYPES[json.loads((folder / "config.json").read_text()).get("dtype", "bf16")]
-        model = read_network_config(folder)
-        return _Source(model=model, tokenizer=tokenizer, dtype=dtype, seed=0, checkpoint=None)
+        stated = json.loads((folder / "config.json").read_text())
+        return _Source(
+            model=read_network_config(folder),
+            tokenizer=tokenizer,
+            dtype=DTYPES[stated.get("dtype", "bf16")],
+            seed=0,
+            checkpoint=None,
+            wrapped=stated.get("images_wrapped", False),
+        )
     config = load_run_config(folder)
     path = find_checkpoint(folder / "checkpoints", wanted)
     if path is None:
@@ -76,10 +91,10 @@ def _source(folder: Path, wanted: str) -> _Source:
 
 
 def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
-    """Return (image path, caption) for every image.
+    """Return (image path, text) for every image.
 
     Raises:
-        ValueError: a shot that is not FILE=CAPTION, or a run that cannot be read.
+        ValueError: a shot that is not FILE=TEXT, or a run that cannot be read.
         CheckpointError: no such checkpoint.
     """
     shots = [_split_shot(text) for text in arguments.shot]
@@ -87,59 +102,48 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
     media = media_config(source.model.vision)
     shot_frames = [_frames(file, media) for file, _ in shots]
     images = [_frames(file, media) for file in arguments.image]
+    tokenizer = source.tokenizer.load()
+    ids = prompt_ids(tokenizer, source.model.lm, wrapped=source.wrapped)
+    texts = [*(text for _, text in shots), arguments.prompt]
+    prompt = prompt_of_texts(texts, ids=ids, encode=_encode(source.tokenizer, tokenizer, ids))
+    settings = GenerationConfig(
+        stop_ids=ids.stop_ids,
+        suppressed_ids=ids.never_generated,
+        max_new_tokens=arguments.max_new_tokens,
+        beams=arguments.beams,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    stacked = torch.stack([torch.stack([*shot_frames, image]) for image in images])
     with single_process() as topology:
         model = build_model(
             source.model, ParallelConfig(zero_stage=0), topology, dtype=source.dtype, seed=source.seed
         )
         if source.checkpoint is not None:
             load_trainable(model, source.checkpoint)
-        return list(
-            zip(
-                arguments.image,
-                _run(model, source.tokenizer, shots, shot_frames, images, arguments),
-                strict=True,
-            )
+        found = generate(
+            model,
+            [prompt.tokens] * len(images),
+            [prompt.media_index] * len(images),
+            stacked,
+            torch.ones(stacked.shape[:2], dtype=torch.bool),
+            settings,
         )
+    return [(file, tokenizer.decode(text).strip()) for file, text in zip(arguments.image, found, strict=True)]
 
 
-def _run(
-    model: Flamingo,
-    tokenizer_config: TokenizerConfig,
-    shots: list[tuple[str, str]],
-    shot_frames: list[torch.Tensor],
-    images: list[torch.Tensor],
-    arguments: GenerateArguments,
-) -> list[str]:
-    tokenizer = tokenizer_config.load()
-    ids = prompt_ids(tokenizer, model.config.lm)
-    prompt = few_shot_prompt(
-        [{"caption": caption} for _, caption in shots],
-        ids=ids,
-        encode=tokenizer.encode,
-        template=PLAIN_CAPTION,
-    )
-    stacked = torch.stack([torch.stack([*shot_frames, image]) for image in images])
-    texts = generate(
-        model,
-        [prompt.tokens] * len(images),
-        [prompt.media_index] * len(images),
-        stacked,
-        torch.ones(stacked.shape[:2], dtype=torch.bool),
-        GenerationConfig(
-            stop_ids=ids.stop_ids,
-            suppressed_ids=ids.never_generated,
-            max_new_tokens=arguments.max_new_tokens,
-            beams=arguments.beams,
-        ),
-    )
-    return [tokenizer.decode(text).strip() for text in texts]
+def _encode(config: TokenizerConfig, tokenizer: Tokenizer, ids: PromptIds) -> Encode:
+    """Return the encoder of prompts: names of the network's further tokens are those tokens."""
+    if not ids.further:
+        return tokenizer.encode
+    return encoding(tokenizer.encode, further_tokens(config, ids.further[0], len(ids.further)))
 
 
 def _split_shot(text: str) -> tuple[str, str]:
-    file, separator, caption = text.partition("=")
-    if not separator or not file or not caption:
-        raise ValueError(f"--shot {text!r}: give FILE=CAPTION.")
-    return file, caption
+    file, separator, words = text.partition("=")
+    if not separator or not file or not words:
+        raise ValueError(f"--shot {text!r}: give FILE=TEXT.")
+    return file, words
 
 
 def _frames(file: str, config: MediaConfig) -> torch.Tensor:

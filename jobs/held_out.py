@@ -43,14 +43,21 @@ class Captioned:
     """[1, F, ...] as in a batch."""
 
 
-def prompt_ids(tokenizer: Tokenizer, lm: LMConfig) -> PromptIds:
-    """Return the special ids of `tokenizer`, and those that `lm` has besides."""
+def prompt_ids(tokenizer: Tokenizer, lm: LMConfig, *, wrapped: bool = False) -> PromptIds:
+    """Return the special ids of `tokenizer`, and those that `lm` has besides.
+
+    Args:
+        tokenizer: of the language model.
+        lm: its configuration.
+        wrapped: whether an `<EOC>` stands on either side of an image.
+    """
     return PromptIds(
         bos=tokenizer.bos_id,
         image=tokenizer.image_id,
         eoc=tokenizer.eoc_id,
         eos=tokenizer.eos_id,
         further=tuple(range(lm.vocab_size + 2, lm.vocab_size + lm.extra_tokens)),
+        wrapped=wrapped,
     )
 
 

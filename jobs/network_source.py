@@ -96,7 +96,7 @@ def _open_network_folder(path: Path, topology: Topology) -> Network:
         trainable=trainable,
         read=lambda name: value_of(name, params[name]),
         card=card.read_text() if card.is_file() else "",
-        more={key: stated[key] for key in ("dtype", "step") if key in stated},
+        more={key: stated[key] for key in ("dtype", "step", "images_wrapped") if key in stated},
         tokenizer=read_tokenizer(path),
     )
 

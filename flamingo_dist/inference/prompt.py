@@ -30,7 +30,9 @@ class PromptIds:
     eos: int | None
     """End of a document; None for a vocabulary without one."""
     further: tuple[int, ...] = ()
-    """Further tokens of the network, which have no text, such as an instruct model's `<end_of_utterance>`."""
+    """Further tokens of the network, such as an instruct model's `<end_of_utterance>`."""
+    wrapped: bool = False
+    """Whether an `<EOC>` stands before and after every `<image>`, as IDEFICS has its `<fake_token_around_image>`."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -153,6 +155,43 @@ def zero_shot_prompt(
     return _assemble([(False, example) for example in text_examples], query, ids, encode, template)
 
 
+IMAGE = "<image>"
+"""Says in a user's own text where its image stands."""
+
+
+def prompt_of_texts(texts: Sequence[str], *, ids: PromptIds, encode: Encode) -> Prompt:
+    """Build a prompt of texts that have an image each, the last of which is to be continued.
+
+    Examples are closed by `<EOC>`, or by the further token that they end with, such as `<end_of_utterance>`.
+
+    Args:
+        texts: Examples in their order and the query; the image stands where `<image>` does, or before the text.
+        ids: Ids of the special tokens.
+        encode: Text to token ids.
+
+    Returns:
+        The prompt; text m has medium m, counted from 1.
+
+    Raises:
+        ValueError: A text has more than one `<image>`.
+    """
+    tokens = [] if ids.bos is None else [ids.bos]
+    for number, text in enumerate(texts, start=1):
+        before, found, after = text.partition(IMAGE)
+        if IMAGE in after:
+            raise ValueError(
+                f"{text!r} holds {IMAGE} more than once; a text has one image, here or in front."
+            )
+        if not found:
+            before, after = "", text
+        tokens += encode(before) if before else []
+        _show(tokens, ids)
+        tokens += encode(after) if after else []
+        if number < len(texts) and tokens[-1] not in (ids.eoc, *ids.further):
+            tokens.append(ids.eoc)
+    return Prompt(tokens=tuple(tokens), media_index=phi(tokens, ids.image))
+
+
 def answer_tokens(
     fields: Fields, *, ids: PromptIds, encode: Encode, template: PromptTemplate = CAPTIONING
 ) -> tuple[int, ...]:
@@ -193,7 +232,16 @@ def _assemble(
     """Join examples, each with or without an image, and the query, which always has one."""
     tokens = [] if ids.bos is None else [ids.bos]
     for has_image, fields in examples:
-        tokens += [ids.image] if has_image else []
+        if has_image:
+            _show(tokens, ids)
         tokens += [*encode(template.shot.format(**fields)), ids.eoc]
-    tokens += [ids.image, *encode(template.query.format(**(query or {})))]
+    _show(tokens, ids)
+    tokens += encode(template.query.format(**(query or {})))
     return Prompt(tokens=tuple(tokens), media_index=phi(tokens, ids.image))
+
+
+def _show(tokens: list[int], ids: PromptIds) -> None:
+    """Append an image; where images are wrapped, the `<EOC>` that closes an example is the next image's first."""
+    if ids.wrapped and tokens[-1:] != [ids.eoc]:
+        tokens.append(ids.eoc)
+    tokens += [ids.image, ids.eoc] if ids.wrapped else [ids.image]

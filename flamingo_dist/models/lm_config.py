@@ -93,8 +93,8 @@ class LMConfig:
 
     further_tokens: int = 0
     """Trainable rows after `<image>` and `<EOC>`, from id `vocab_size + 2` on: tokens that a published model has
-    besides, such as `<end_of_utterance>` of IDEFICS' instruct models. No text is tokenised into them; generation ends
-    at them."""
+    besides, such as `<end_of_utterance>` of IDEFICS' instruct models. No data's text is tokenised into them, a
+    user's prompt may name them, and generation ends at them."""
 
     @property
     def extra_tokens(self) -> int:

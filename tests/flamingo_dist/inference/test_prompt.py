@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from flamingo_dist.inference.prompt import (
     answer_tokens,
     few_shot_prompt,
     phi,
+    prompt_of_texts,
     zero_shot_prompt,
 )
 
@@ -56,6 +59,34 @@ def test_vocabulary_without_bos_and_eos() -> None:
     assert few_shot_prompt([], ids=ids, encode=encode).tokens[0] == 301
     assert (ids.stop_ids, ids.never_generated) == ((302,), (301,))
     assert (IDS.stop_ids, IDS.never_generated) == ((302, 303), (301, 300))
+
+
+def test_texts_with_an_image_each() -> None:
+    texts = ["a cat", "look at <image>a dog", "Question: what? Answer:"]
+    prompt = prompt_of_texts(texts, ids=IDS, encode=encode)
+    assert spell(prompt.tokens) == (
+        "<BOS><image>a cat<EOC>look at <image>a dog<EOC><image>Question: what? Answer:"
+    )
+    assert prompt.num_media == 3
+    assert prompt_of_texts([""], ids=IDS, encode=encode).tokens == (300, 301)
+    with pytest.raises(ValueError, match="more than once"):
+        prompt_of_texts(["<image> and <image>"], ids=IDS, encode=encode)
+
+
+def test_wrapped_images() -> None:
+    """As IDEFICS: the token that closes an example opens the next image, if it comes at once."""
+    ids = replace(IDS, wrapped=True, further=(304,))
+    prompt = prompt_of_texts(["a", "b <image>", "c"], ids=ids, encode=encode)
+    assert spell(prompt.tokens) == "<BOS><EOC><image><EOC>a<EOC>b <EOC><image><EOC><image><EOC>c"
+    shots = [{"caption": "a cat"}]
+    wrapped = few_shot_prompt(shots, ids=ids, encode=encode, template=PLAIN_CAPTION)
+    assert spell(wrapped.tokens) == "<BOS><EOC><image><EOC>a cat<EOC><image><EOC>"
+
+    def encode_turns(text: str) -> list[int]:
+        return [304 if character == "|" else ord(character) for character in text]
+
+    dialogue = prompt_of_texts(["a|b|", "c"], ids=ids, encode=encode_turns)
+    assert spell(dialogue.tokens) == "<BOS><EOC><image><EOC>a|b|<EOC><image><EOC>c".replace("|", chr(304))
 
 
 def test_one_text_only_example_warns() -> None:

@@ -6,16 +6,23 @@ import shutil
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionModel,
     IdeficsConfig,
     IdeficsForVisionText2Text,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.inference.prompt import prompt_of_texts
 from flamingo_dist.models.exchange import idefics
 from flamingo_dist.models.exchange.folder import read_network_config
 from flamingo_dist.models.exchange.tensors import write_tensors
@@ -30,8 +37,10 @@ from jobs.exchange import (
     idefics_tensors,
     import_network,
 )
+from jobs.generate import GenerateArguments, generate_captions
 from jobs.held_out import prompt_ids
 from jobs.network_source import Network
+from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
 from tests.jobs.exchange.exchanging import build, logits, logits_of, logits_of_ranks, rewrite
 
 VOCAB, WIDTH, FEATURES, EXTRA = 60, 32, 24, 2
@@ -231,6 +240,70 @@ def test_a_further_token_is_a_target_and_ends_what_is_generated(instruct, dialog
     torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=1e-5)
     ids = prompt_ids(TokenizerConfig(kind="bytes").load(), network.config.lm)
     assert ids.stop_ids[-1] == VOCAB + 2
+
+
+WORDS = ["<unk>", "<s>", "</s>", "User", ":", "what", "is", "this", "?", "Assistant", "a", "cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def published(instruct, tmp_path_factory):
+    """An instruct model with a tokenizer and its processor, as transformers has them."""
+    hub = tmp_path_factory.mktemp("published") / "hub"
+    shutil.copytree(instruct[1], hub)
+    known = {
+        word: number for number, word in enumerate([*WORDS, *(f"w{i}" for i in range(VOCAB - len(WORDS)))])
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    images = IdeficsImageProcessorPil(image_size=16)
+    tokenizer.save_pretrained(hub)
+    images.save_pretrained(hub)
+    processor = IdeficsProcessor(image_processor=images, tokenizer=tokenizer, image_size=16)
+    return processor, import_network(ImportArguments(source=str(hub), folder=str(hub.parent / "ours")))
+
+
+def test_a_dialogue_is_continued_as_transformers_does(instruct, published, tmp_path):
+    """The same prompt, token for token, and the same greedy answer from the folder alone."""
+    model, (processor, ours) = instruct[0], published
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, file in enumerate(files):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    first = "User: what is this? <image><end_of_utterance> Assistant: a cat<end_of_utterance>"
+    second = "User: what? <image><end_of_utterance> Assistant:"
+    given = GenerateArguments(
+        run=str(ours), image=(str(files[1]),), shot=(f"{files[0]}={first}",), prompt=second, max_new_tokens=6
+    )
+    pieces: list[object] = []
+    for text, file in zip((first, second), files, strict=True):
+        before, after = text.split("<image>")
+        pieces += [before, Image.open(file), after]
+    inputs = processor(text=[pieces], return_tensors="pt", add_end_of_utterance_token=False)
+    with torch.no_grad():
+        stops = [WORDS.index("</s>"), VOCAB, VOCAB + 2]
+        answer = model.generate(
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=stops,
+            bad_words_ids=[[VOCAB + 1], [WORDS.index("<s>")]],
+        )[0, inputs["input_ids"].shape[1] :]
+    kept = [int(token) for token in answer if token not in stops]
+    assert kept
+    (found,) = generate_captions(given)
+    assert found == (str(files[1]), processor.tokenizer.decode(kept))
+
+    stated = read_tokenizer(ours)
+    config = read_network_config(ours)
+    ids = prompt_ids(stated.load(), config.lm, wrapped=True)
+    encode = encoding(stated.load().encode, further_tokens(stated, VOCAB + 2, 1))
+    prompt = prompt_of_texts([first, second], ids=ids, encode=encode)
+    assert swap(torch.tensor(prompt.tokens)).tolist() == inputs["input_ids"][0].tolist()
 
 
 def test_a_tokenizer_of_another_order_is_refused(instruct, tmp_path):
