@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.utils import safe_get_local_fp32_param as safe_get_local_fp32_param
+from deepspeed.utils import safe_get_local_optimizer_state as safe_get_local_optimizer_state
 from deepspeed.utils import set_z3_leaf_modules
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.parallel.topology import Topology
+from flamingo_dist.parallel.zero import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from flamingo_dist.training.fragments import Fragment, Slice
 
 WEIGHT = "weight"
