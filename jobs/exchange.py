@@ -1,9 +1,12 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,12 +21,18 @@ from flamingo_dist.models.exchange.tensors import SHARD_BYTES, write_tensors
 from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, tower_settings, write_tower
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
+from flamingo_dist.models.weights.ranges import RangeFile, join_url
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
 from jobs.model_card import card_of_import
 from jobs.network_source import Network, empty_network, open_network, whole_shapes
 from jobs.network_tokenizer import write_tokenizer
+
+_SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files of a Hugging Face folder beside its tensors that an import reads."""
+_TORCH_FILES = (".pt", ".pth", ".bin")
+_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class ImportArguments:
     """Arguments of `flamingo import`."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder of a Hugging Face IDEFICS checkpoint, or a `.pt` file of open_flamingo."""
+    """A folder of a Hugging Face IDEFICS checkpoint, or a `.pt` file of open_flamingo, at any fsspec URL."""
     folder: Annotated[str, tyro.conf.Positional]
     """The folder to write; it must not exist."""
     lm: str = ""
@@ -140,12 +149,12 @@ def import_network(arguments: ImportArguments) -> Path:
         ValueError: the source is of no known kind, a tensor is missing, surplus or misshaped, or an option has no
             counterpart here.
     """
-    source, folder = Path(arguments.source), Path(arguments.folder)
-    with single_process(), torch.no_grad(), new_folder(folder) as partial:
-        if source.suffix in (".pt", ".pth", ".bin") and source.is_file():
-            card = _import_open_flamingo(source, partial, arguments)
-        elif (source / "config.json").is_file():
-            card = _import_idefics(source, partial, arguments.shard_bytes)
+    source, folder = arguments.source, Path(arguments.folder)
+    with single_process(), torch.no_grad(), _at_hand(source) as local, new_folder(folder) as partial:
+        if local.is_file():
+            card = _import_open_flamingo(source, local, partial, arguments)
+        elif (local / "config.json").is_file():
+            card = _import_idefics(source, local, partial, arguments.shard_bytes)
         else:
             raise ValueError(
                 f"{source} is neither a folder with a config.json (IDEFICS) nor a .pt file (open_flamingo)."
@@ -154,20 +163,40 @@ def import_network(arguments: ImportArguments) -> Path:
     return folder
 
 
+@contextmanager
+def _at_hand(source: str) -> Iterator[Path]:
+    """Give a local path of what is read as files: a `.pt` file, or a folder's settings, copied if they are remote.
+
+    Tensors of a remote folder stay where they are; they are read from there one by one.
+    """
+    is_file = PurePosixPath(source).suffix in _TORCH_FILES
+    if "://" not in source:
+        yield Path(source)
+        return
+    with TemporaryDirectory(prefix="flamingo-import-") as folder:
+        for name in [""] if is_file else _SETTINGS:
+            file = RangeFile(join_url(source, name) if name else source)
+            if not file.exists():
+                continue
+            with file.opened() as remote, (Path(folder) / (name or "checkpoint.pt")).open("wb") as copy:
+                shutil.copyfileobj(remote, copy, _COPY_BYTES)
+        yield Path(folder) / "checkpoint.pt" if is_file else Path(folder)
+
+
 def _stand_in(width: int) -> VisionConfig:
     """Return an encoder of a width, for a configuration whose encoder's settings are written separately."""
     return VisionConfig(name="tiny", image_size=32, tiny_width=width)
 
 
-def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
+def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) -> str:
     from transformers import AutoConfig
 
-    if json.loads((source / "config.json").read_text()).get("model_type") != "idefics":
+    if json.loads((local / "config.json").read_text()).get("model_type") != "idefics":
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
-    stated = AutoConfig.from_pretrained(source).to_dict()
-    _check_added_tokens(source, stated)
-    tensors = SafetensorsSource(str(source))
+    stated = AutoConfig.from_pretrained(local).to_dict()
+    _check_added_tokens(local, stated)
+    tensors = SafetensorsSource(source)
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
     rules = idefics.rules(config, additional=stated["additional_vocab_size"] > 0)
@@ -178,9 +207,9 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
     found = tensors.shapes()
     outside = {n: s for n, s in found.items() if not n.startswith(idefics.VISION_PREFIX)}
     derived = [name for name in found if name.endswith(idefics.IGNORED)]
-    check_tensors(outside, their_shapes(rules, shapes), str(source), ignored=derived)
+    check_tensors(outside, their_shapes(rules, shapes), source, ignored=derived)
     tower.check()
-    processor = source / "preprocessor_config.json"
+    processor = local / "preprocessor_config.json"
     write_tower(folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None)
     dtype = str(stated.get("dtype") or "float32").removeprefix("torch.")
     told = {"dtype": next((n for n, t in DTYPES.items() if str(t) == f"torch.{dtype}"), "bf16")}
@@ -192,11 +221,11 @@ def _import_idefics(source: Path, folder: Path, shard_bytes: int) -> str:
         more={
             **told,
             **({"images_wrapped": True} if stated["additional_vocab_size"] else {}),
-            **write_tokenizer(folder, _tokenizer_in(source, config.lm.vocab_size)),
+            **write_tokenizer(folder, _tokenizer_in(local, config.lm.vocab_size)),
         },
         shard_bytes=shard_bytes,
     )
-    return card_of_import(str(source), "IDEFICS", config, shapes)
+    return card_of_import(source, "IDEFICS", config, shapes)
 
 
 def _check_added_tokens(source: Path, stated: Mapping[str, Any]) -> None:
@@ -216,7 +245,7 @@ def _tokenizer_in(folder: Path, vocab_size: int) -> TokenizerConfig | None:
     return TokenizerConfig(kind="hf", path=str(folder), vocab_size=vocab_size)
 
 
-def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments) -> str:
+def _import_open_flamingo(source: str, local: Path, folder: Path, arguments: ImportArguments) -> str:
     for name in ("lm", "vision"):
         if not getattr(arguments, name):
             raise ValueError(
@@ -227,7 +256,7 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
             "give --image-id and --end-of-chunk-id: open_flamingo adds <|endofchunk|>, <image> and perhaps <PAD> "
             "to the tokenizer, in this order, from its length on."
         )
-    file = open_flamingo.OpenFlamingoFile(source)
+    file = open_flamingo.OpenFlamingoFile(local, source)
     lm = read_lm_config(arguments.lm)
     width = file.shapes()["perceiver.latents"][1]
     config = open_flamingo.network_config(file, lm, _stand_in(width))
@@ -250,7 +279,7 @@ def _import_open_flamingo(source: Path, folder: Path, arguments: ImportArguments
         },
         shard_bytes=arguments.shard_bytes,
     )
-    return card_of_import(str(source), "OpenFlamingo", config, shapes)
+    return card_of_import(source, "OpenFlamingo", config, shapes)
 
 
 def export_command(arguments: list[str]) -> int:

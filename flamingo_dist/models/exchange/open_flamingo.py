@@ -43,17 +43,21 @@ _POSITIONS = re.compile(r"lang_encoder\.[\w.]*embed_positions\.weight")
 class OpenFlamingoFile:
     """A checkpoint's tensors under one set of names: `perceiver.*`, `gated.<block>.*`, `embedding`, `head`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, where: str = "") -> None:
         """Read the file; nothing in it is executed.
+
+        Args:
+            path: of a local file.
+            where: what errors call it, such as the URL that it is a copy of; empty for the path.
 
         Raises:
             ValueError: it is no checkpoint of open_flamingo.
         """
-        self.where = str(path)
+        self.where = where or str(path)
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever the unpickler meets
-            raise ValueError(f"{path} cannot be read as a file of tensors: {error}") from error
+            raise ValueError(f"{self.where} cannot be read as a file of tensors: {error}") from error
         state = held.get("model_state_dict", held) if isinstance(held, dict) else {}
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in state.items():
@@ -61,8 +65,8 @@ class OpenFlamingoFile:
         self.blocks = sorted({int(n.split(".")[1]) for n in self.tensors if n.startswith("gated.")})
         if not self.blocks or "perceiver.latents" not in self.tensors or "embedding" not in self.tensors:
             raise ValueError(
-                f"{path} is no checkpoint of open_flamingo: it needs perceiver.*, gated cross-attention layers and the "
-                f"language model's input embedding; it holds {sorted(state)[:5]} ..."
+                f"{self.where} is no checkpoint of open_flamingo: it needs perceiver.*, gated cross-attention "
+                f"layers and the language model's input embedding; it holds {sorted(state)[:5]} ..."
             )
 
     def _take(self, name: str, tensor: Any) -> None:

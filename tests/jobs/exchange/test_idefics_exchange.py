@@ -41,6 +41,7 @@ from jobs.generate import GenerateArguments, generate_captions
 from jobs.held_out import prompt_ids
 from jobs.network_source import Network
 from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
+from tests.data_pipeline.servers import flaky_server
 from tests.jobs.exchange.exchanging import build, logits, logits_of, logits_of_ranks, rewrite
 
 VOCAB, WIDTH, FEATURES, EXTRA = 60, 32, 24, 2
@@ -304,6 +305,21 @@ def test_a_dialogue_is_continued_as_transformers_does(instruct, published, tmp_p
     encode = encoding(stated.load().encode, further_tokens(stated, VOCAB + 2, 1))
     prompt = prompt_of_texts([first, second], ids=ids, encode=encode)
     assert swap(torch.tensor(prompt.tokens)).tolist() == inputs["input_ids"][0].tolist()
+
+
+def test_a_checkpoint_on_a_server_is_imported_from_there(published, tmp_path):
+    """Settings, tokenizer and tensors, through a server that fails now and then."""
+    _, ours = published
+    with flaky_server(ours.parent, share=0.2, faults=("503", "reset", "cut")) as server:
+        url = f"{server.url}/hub"
+        again = import_network(ImportArguments(source=url, folder=str(tmp_path / "again")))
+        assert sum(server.met.values()) > 0
+        with pytest.raises(ValueError, match="nothing is neither a folder with a config.json"):
+            import_network(ImportArguments(source=f"{server.url}/nothing", folder=str(tmp_path / "none")))
+    names = {file.relative_to(ours) for file in ours.rglob("*") if file.is_file()}
+    assert {file.relative_to(again) for file in again.rglob("*") if file.is_file()} == names
+    for name in names:
+        assert (again / name).read_bytes() == (ours / name).read_bytes(), name
 
 
 def test_a_tokenizer_of_another_order_is_refused(instruct, tmp_path):

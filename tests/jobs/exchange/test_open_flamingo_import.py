@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flamingo_dist.models.exchange.folder import read_network_config
 from flamingo_dist.models.vision import VisionConfig
 from jobs.exchange import ImportArguments, import_network
+from tests.data_pipeline.servers import flaky_server
 from tests.jobs.exchange.exchanging import logits, logits_of_ranks
 
 HAS_SOURCES = importlib.util.find_spec("open_flamingo") is not None
@@ -161,6 +162,22 @@ def test_an_imported_network_has_their_logits(lm_folder, inputs, tmp_path, train
     assert (config.cross_every, config.cross_phase, config.gated_positions()) == (2, "last", [1, 3])
     assert (config.resampler.heads, config.resampler.depth, config.resampler.latents) == (8, 6, 64)
     assert config.lm.weights == str(lm_folder)
+
+
+def test_a_file_on_a_server_is_the_same_network(lm_folder, tmp_path):
+    local = run_import(tmp_path, state_dict(), lm_folder)
+    with flaky_server(tmp_path, share=0.2, faults=("503", "reset", "cut")) as server:
+        settings = {"lm": str(lm_folder), "vision": "/clip", "image_id": IMAGE, "end_of_chunk_id": EOC}
+        url = f"{server.url}/checkpoint.pt"
+        again = import_network(ImportArguments(source=url, folder=str(tmp_path / "again"), **settings))
+        (tmp_path / "bad.pt").write_bytes(b"nothing")
+        with pytest.raises(ValueError, match=re.escape(f"{server.url}/bad.pt cannot be read")):
+            import_network(
+                ImportArguments(source=f"{server.url}/bad.pt", folder=str(tmp_path / "bad"), **settings)
+            )
+    for file in local.glob("*.safetensors"):
+        assert (again / file.name).read_bytes() == file.read_bytes()
+    assert (again / "config.json").read_text() == (local / "config.json").read_text()
 
 
 @pytest.mark.distributed
