@@ -310,7 +310,7 @@ def test_a_dialogue_is_continued_as_transformers_does(instruct, published, tmp_p
 def test_a_checkpoint_on_a_server_is_imported_from_there(published, tmp_path):
     """Settings, tokenizer and tensors, through a server that fails now and then."""
     _, ours = published
-    with flaky_server(ours.parent, share=0.2, faults=("503", "reset", "cut")) as server:
+    with flaky_server(ours.parent, share=0.06, faults=("503", "reset", "cut")) as server:
         url = f"{server.url}/hub"
         again = import_network(ImportArguments(source=url, folder=str(tmp_path / "again")))
         assert sum(server.met.values()) > 0
