@@ -1,9 +1,8 @@
 """`flamingo export` and `flamingo import`: networks out of and into folders of safetensors."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -27,12 +26,11 @@ from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
 from jobs.model_card import card_of_import
 from jobs.network_source import Network, empty_network, open_network, whole_shapes
-from jobs.network_tokenizer import write_tokenizer
+from jobs.network_tokenizer import added_tokens, write_tokenizer
 
 _SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of a Hugging Face folder beside its tensors that an import reads."""
 _TORCH_FILES = (".pt", ".pth", ".bin")
-_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +149,7 @@ def import_network(arguments: ImportArguments) -> Path:
     """
     source, folder = arguments.source, Path(arguments.folder)
     with single_process(), torch.no_grad(), _at_hand(source) as local, new_folder(folder) as partial:
-        if local.is_file():
+        if local.suffix in _TORCH_FILES and local.is_file():
             card = _import_open_flamingo(source, local, partial, arguments)
         elif (local / "config.json").is_file():
             card = _import_idefics(source, local, partial, arguments.shard_bytes)
@@ -169,18 +167,17 @@ def _at_hand(source: str) -> Iterator[Path]:
 
     Tensors of a remote folder stay where they are; they are read from there one by one.
     """
-    is_file = PurePosixPath(source).suffix in _TORCH_FILES
     if "://" not in source:
         yield Path(source)
         return
     with TemporaryDirectory(prefix="flamingo-import-") as folder:
-        for name in [""] if is_file else _SETTINGS:
-            file = RangeFile(join_url(source, name) if name else source)
-            if not file.exists():
-                continue
-            with file.opened() as remote, (Path(folder) / (name or "checkpoint.pt")).open("wb") as copy:
-                shutil.copyfileobj(remote, copy, _COPY_BYTES)
-        yield Path(folder) / "checkpoint.pt" if is_file else Path(folder)
+        is_file = PurePosixPath(source).suffix in _TORCH_FILES
+        local = Path(folder, "checkpoint.pt") if is_file else Path(folder)
+        wanted = {source: local} if is_file else {join_url(source, name): local / name for name in _SETTINGS}
+        for url, path in wanted.items():
+            with suppress(FileNotFoundError):  # what has to be there is asked for by who needs it
+                RangeFile(url).copy_to(path)
+        yield local
 
 
 def _stand_in(width: int) -> VisionConfig:
@@ -195,7 +192,7 @@ def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) ->
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
     stated = AutoConfig.from_pretrained(local).to_dict()
-    _check_added_tokens(local, stated)
+    _check_added_tokens(source, local, stated)
     tensors = SafetensorsSource(source)
     width = stated["vision_config"]["embed_dim"]
     config = idefics.network_config(stated, _stand_in(width))
@@ -228,14 +225,14 @@ def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) ->
     return card_of_import(source, "IDEFICS", config, shapes)
 
 
-def _check_added_tokens(source: Path, stated: Mapping[str, Any]) -> None:
+def _check_added_tokens(source: str, local: Path, stated: Mapping[str, Any]) -> None:
     """Raise `ValueError` where the checkpoint's tokenizer gives IDEFICS' additional tokens other ids than we know."""
-    file, vocab_size = source / "tokenizer.json", stated["vocab_size"]
-    held = json.loads(file.read_text()) if file.is_file() else {}
-    ids = {token["content"]: token["id"] for token in held.get("added_tokens", ())}
-    for number, name in enumerate((idefics.FAKE_TOKEN, idefics.IMAGE_TOKEN), start=vocab_size):
+    ids = added_tokens(local)
+    for number, name in enumerate((idefics.FAKE_TOKEN, idefics.IMAGE_TOKEN), start=stated["vocab_size"]):
         if ids.get(name, number) != number:
-            raise ValueError(f"{file}: {name} is token {ids[name]}; in IDEFICS' layout it is {number}.")
+            raise ValueError(
+                f"tokenizer.json in {source}: {name} is token {ids[name]}; in IDEFICS' layout it is {number}."
+            )
 
 
 def _tokenizer_in(folder: Path, vocab_size: int) -> TokenizerConfig | None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from data_pipeline.media import MediaConfig, decode_image, decode_video
-from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
+from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
-from flamingo_dist.inference.prompt import Encode, PromptIds, prompt_of_texts
+from flamingo_dist.inference.prompt import prompt_of_texts
 from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, single_process
@@ -105,7 +105,8 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
     tokenizer = source.tokenizer.load()
     ids = prompt_ids(tokenizer, source.model.lm, wrapped=source.wrapped)
     texts = [*(text for _, text in shots), arguments.prompt]
-    prompt = prompt_of_texts(texts, ids=ids, encode=_encode(source.tokenizer, tokenizer, ids))
+    encode = encoding(tokenizer.encode, further_tokens(source.tokenizer, ids.further))
+    prompt = prompt_of_texts(texts, ids=ids, encode=encode)
     settings = GenerationConfig(
         stop_ids=ids.stop_ids,
         suppressed_ids=ids.never_generated,
@@ -130,13 +131,6 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
             settings,
         )
     return [(file, tokenizer.decode(text).strip()) for file, text in zip(arguments.image, found, strict=True)]
-
-
-def _encode(config: TokenizerConfig, tokenizer: Tokenizer, ids: PromptIds) -> Encode:
-    """Return the encoder of prompts: names of the network's further tokens are those tokens."""
-    if not ids.further:
-        return tokenizer.encode
-    return encoding(tokenizer.encode, further_tokens(config, ids.further[0], len(ids.further)))
 
 
 def _split_shot(text: str) -> tuple[str, str]:

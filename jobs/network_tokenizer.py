@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,23 @@ def read_tokenizer(folder: Path) -> TokenizerConfig | None:
     return TokenizerConfig(**{**stated, "path": path})
 
 
-def further_tokens(config: TokenizerConfig, first: int, count: int) -> dict[str, int]:
-    """Return the names of `count` tokens from id `first` on that a tokenizer of Hugging Face has added, with their ids.
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Return the ids of the tokens that the tokenizer in a Hugging Face folder has added, by name; {} without one."""
+    file = folder / _FILES[0]
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    return {token["content"]: token["id"] for token in held.get("added_tokens", ())}
+
+
+def further_tokens(config: TokenizerConfig, ids: Collection[int]) -> dict[str, int]:
+    """Return the names that a tokenizer has for a network's further tokens, with their ids.
 
     Args:
-        config: of the tokenizer; other kinds have no such names.
-        first: id of the network's first token after `<image>` and `<EOC>`.
-        count: how many there are.
+        config: of the tokenizer; only one of Hugging Face has such names.
+        ids: of the further tokens, `PromptIds.further`.
     """
-    if config.kind != "hf":
+    if config.kind != "hf" or not ids:
         return {}
-    added = json.loads((Path(config.path) / "tokenizer.json").read_text()).get("added_tokens", ())
-    return {token["content"]: token["id"] for token in added if 0 <= token["id"] - first < count}
+    return {name: number for name, number in added_tokens(Path(config.path)).items() if number in ids}
 
 
 def encoding(encode: Encode, names: Mapping[str, int]) -> Encode:

@@ -120,7 +120,8 @@ def few_shot_prompt(
     Returns:
         The prompt, which ends where the answer starts.
     """
-    return _assemble([(True, shot) for shot in shots], query, ids, encode, template)
+    examples = [("", True, template.shot.format(**shot)) for shot in shots]
+    return _assemble([*examples, _query(query, template)], ids, encode)
 
 
 def zero_shot_prompt(
@@ -152,7 +153,8 @@ def zero_shot_prompt(
             "zero_shot_prompt got 1 text-only example, which the paper found harmful: give 2, or none",
             stacklevel=2,
         )
-    return _assemble([(False, example) for example in text_examples], query, ids, encode, template)
+    examples = [("", False, template.shot.format(**example)) for example in text_examples]
+    return _assemble([*examples, _query(query, template)], ids, encode)
 
 
 IMAGE = "<image>"
@@ -175,21 +177,15 @@ def prompt_of_texts(texts: Sequence[str], *, ids: PromptIds, encode: Encode) -> 
     Raises:
         ValueError: A text has more than one `<image>`.
     """
-    tokens = [] if ids.bos is None else [ids.bos]
-    for number, text in enumerate(texts, start=1):
+    pieces = []
+    for text in texts:
         before, found, after = text.partition(IMAGE)
         if IMAGE in after:
             raise ValueError(
                 f"{text!r} holds {IMAGE} more than once; a text has one image, here or in front."
             )
-        if not found:
-            before, after = "", text
-        tokens += encode(before) if before else []
-        _show(tokens, ids)
-        tokens += encode(after) if after else []
-        if number < len(texts) and tokens[-1] not in (ids.eoc, *ids.further):
-            tokens.append(ids.eoc)
-    return Prompt(tokens=tuple(tokens), media_index=phi(tokens, ids.image))
+        pieces.append((before, True, after) if found else ("", True, text))
+    return _assemble(pieces, ids, encode)
 
 
 def answer_tokens(
@@ -222,21 +218,26 @@ def answer_tokens(
     return (*example[len(opening) :], ids.eoc)
 
 
-def _assemble(
-    examples: Sequence[tuple[bool, Fields]],
-    query: Fields | None,
-    ids: PromptIds,
-    encode: Encode,
-    template: PromptTemplate,
-) -> Prompt:
-    """Join examples, each with or without an image, and the query, which always has one."""
+_Piece: TypeAlias = tuple[str, bool, str]
+"""Text before the image, whether there is an image, text after it."""
+
+
+def _query(fields: Fields | None, template: PromptTemplate) -> _Piece:
+    return "", True, template.query.format(**(fields or {}))
+
+
+def _assemble(pieces: Sequence[_Piece], ids: PromptIds, encode: Encode) -> Prompt:
+    """Join examples and the query, which comes last; an example is closed unless it ends in a token that closes it."""
     tokens = [] if ids.bos is None else [ids.bos]
-    for has_image, fields in examples:
+    for number, (before, has_image, after) in enumerate(pieces, start=1):
+        start = len(tokens)
+        tokens += encode(before) if before else []
         if has_image:
             _show(tokens, ids)
-        tokens += [*encode(template.shot.format(**fields)), ids.eoc]
-    _show(tokens, ids)
-    tokens += encode(template.query.format(**(query or {})))
+        tokens += encode(after) if after else []
+        closed = tokens[start:] and tokens[-1] in (ids.eoc, *ids.further)
+        if number < len(pieces) and not closed:
+            tokens.append(ids.eoc)
     return Prompt(tokens=tuple(tokens), media_index=phi(tokens, ids.image))
 
 

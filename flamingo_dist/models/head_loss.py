@@ -22,6 +22,11 @@ CHUNK_LOGITS = 2**25
 logarithms in fp32."""
 
 
+def chunk_tokens(vocabulary: float) -> int:
+    """Return how many tokens go by at once where a rank has `vocabulary` rows of the head."""
+    return max(1, int(CHUNK_LOGITS // vocabulary))
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadShard:
     """Rows of the frozen head that lie on one rank."""
@@ -67,24 +72,15 @@ class _FrozenHeadNll(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         nll_N = x_ND.new_empty(len(x_ND), dtype=wide)
-        dx_ND = torch.empty_like(x_ND) if wanted else None
-        dextra_NX = torch.empty_like(extra_NX, dtype=wide) if wanted else None
-        rows = max(1, CHUNK_LOGITS // head.weight_VD.shape[0])
+        grads = (torch.empty_like(x_ND), torch.empty_like(extra_NX, dtype=wide)) if wanted else ()
+        rows = chunk_tokens(head.weight_VD.shape[0])
         for first in range(0, len(x_ND), rows):
             chunk = slice(first, first + rows)
-            _chunk(
-                x_ND[chunk],
-                extra_NX[chunk].to(wide),
-                targets_N[chunk],
-                head,
-                nll_N[chunk],
-                None if dx_ND is None else dx_ND[chunk],
-                None if dextra_NX is None else dextra_NX[chunk],
-            )
-        if dx_ND is not None and tp_size() > 1:
-            dist.all_reduce(dx_ND, group=parallel_state.get_tensor_model_parallel_group())
-        if wanted:
-            ctx.save_for_backward(dx_ND, dextra_NX)
+            parts = (grad[chunk] for grad in grads)
+            _chunk(x_ND[chunk], extra_NX[chunk].to(wide), targets_N[chunk], head, nll_N[chunk], *parts)
+        if grads:
+            _all_reduce(grads[0])
+            ctx.save_for_backward(*grads)
             ctx.extra_dtype = extra_NX.dtype
         return nll_N.float()
 
@@ -108,8 +104,8 @@ def _chunk(
     targets_N: Tensor,
     head: HeadShard,
     nll_N: Tensor,
-    dx_ND: Tensor | None,
-    dextra_NX: Tensor | None,
+    dx_ND: Tensor | None = None,
+    dextra_NX: Tensor | None = None,
 ) -> None:
     """Write the losses of some tokens and, where wanted, their gradients, this rank's part of x's.
 
@@ -141,11 +137,9 @@ def _chunk(
 
     beside_N = extra_NX.logsumexp(-1)
     peak_N = torch.maximum(own_N, beside_N)
-    if tp_size() > 1:
-        dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    _all_reduce(peak_N, dist.ReduceOp.MAX)
     sums_2N = torch.stack([(own_N - peak_N).exp(), picked_N])
-    if tp_size() > 1:
-        dist.all_reduce(sums_2N, group=parallel_state.get_tensor_model_parallel_group())
+    _all_reduce(sums_2N)
     total_N = peak_N + (sums_2N[0] + (beside_N - peak_N).exp()).log()
     torch.sub(total_N, sums_2N[1] + picked_extra_N, out=nll_N)
     if dx_ND is None or dextra_NX is None:
@@ -155,3 +149,9 @@ def _chunk(
     torch.mm(p_NV.to(x_ND.dtype), head.weight_VD, out=dx_ND)
     torch.exp(extra_NX - total_N[:, None], out=dextra_NX)
     dextra_NX[row_N, extra_N] -= is_extra_N.to(dextra_NX.dtype)
+
+
+def _all_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce `x` (any shape) in place over the tensor-parallel group, if there is more than one rank."""
+    if tp_size() > 1:
+        dist.all_reduce(x, op=op, group=parallel_state.get_tensor_model_parallel_group())

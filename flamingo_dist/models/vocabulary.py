@@ -133,7 +133,7 @@ class Vocabulary(nn.Module):
 
         megatron-core's own gather allocates on a CUDA device, whatever the input's.
         """
-        full = self._head(x_BTD, as_head=True).detach().contiguous()
+        full = self._head(x_BTD, as_head=True).contiguous()
         extra = self.extra_head(x_BTD, as_head=True).detach()
         if tp_size() > 1:
             parts = [torch.empty_like(full) for _ in range(tp_size())]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from flamingo_dist.models.head_loss import CHUNK_LOGITS
+from flamingo_dist.models.head_loss import chunk_tokens
 from flamingo_dist.planning.gathers import replay
 from flamingo_dist.planning.parameters import ParameterCounts, count_parameters
 from flamingo_dist.planning.vision import vision_working_bytes
@@ -170,7 +170,7 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     if model.lm.weight_storage != "same":  # one matrix at a time stands in the run's dtype
         working += count_parameters(model, tp).largest_matrix * size
     vocabulary = model.lm.vocab_size / tp
-    at_once = min(n_tokens, max(1, int(CHUNK_LOGITS // vocabulary)))
+    at_once = min(n_tokens, chunk_tokens(vocabulary))
     return {
         "kept": blocks + resampler_bytes(work, n_media, data.frames, tp),
         "block": working,

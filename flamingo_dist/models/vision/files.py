@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flamingo_dist.models.vision.haiku_file import read_pickle
-from flamingo_dist.models.weights.ranges import STREAM_BYTES, RangeFile, join_url, list_names
+from flamingo_dist.models.weights.ranges import RangeFile, join_url, list_names
 from flamingo_dist.models.weights.safetensors import INDEX, SINGLE, SafetensorsSource
 from flamingo_dist.models.weights.source import ALL, WeightSource
 
@@ -142,6 +142,5 @@ def copy_weights(url: str, folder: Path) -> str:
         files = {f"{name}/{part}": file for part, file in folder_files(url).items()}
     for part, file in files.items():
         (folder / part).parent.mkdir(exist_ok=True)
-        with RangeFile(file).opened() as source, (folder / part).open("wb") as target:
-            shutil.copyfileobj(source, target, STREAM_BYTES)
+        RangeFile(file).copy_to(folder / part)
     return name

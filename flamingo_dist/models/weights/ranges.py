@@ -2,7 +2,9 @@
 
 import io
 import os
+import shutil
 import time
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -79,6 +81,15 @@ class RangeFile:
             FileNotFoundError: there is no such file.
         """
         return io.BufferedReader(_Stream(self, self.size()), STREAM_BYTES)
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the file to a local path, piece by piece; where it does not exist, nothing is made.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        with self.opened() as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, STREAM_BYTES)
 
     def read_all(self) -> bytes:
         """Return the whole of a small file.

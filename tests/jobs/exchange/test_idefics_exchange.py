@@ -302,7 +302,7 @@ def test_a_dialogue_is_continued_as_transformers_does(instruct, published, tmp_p
     stated = read_tokenizer(ours)
     config = read_network_config(ours)
     ids = prompt_ids(stated.load(), config.lm, wrapped=True)
-    encode = encoding(stated.load().encode, further_tokens(stated, VOCAB + 2, 1))
+    encode = encoding(stated.load().encode, further_tokens(stated, [VOCAB + 2]))
     prompt = prompt_of_texts([first, second], ids=ids, encode=encode)
     assert swap(torch.tensor(prompt.tokens)).tolist() == inputs["input_ids"][0].tolist()
 
