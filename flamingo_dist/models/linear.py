@@ -111,14 +111,9 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
         if self.quantised is not None:
-            part = self.quantised(input_)
-            cut = self.input_size_per_partition != self.input_size
-            return _with_bias(self, reduce_from_tensor_model_parallel_region(part) if cut else part)
+            return _with_bias(self, sum_over_tp(self.quantised(input_)))
         if torch.compiler.is_compiling():
-            summed = sum_over_tp(F.linear(input_, self.weight))
-            if self.bias is None or self.skip_bias_add:
-                return summed, self.bias
-            return summed + self.bias, None
+            return _with_bias(self, sum_over_tp(F.linear(input_, self.weight)))
         if self.input_size_per_partition != self.input_size:
             output, skipped = super().forward(_three_axes(input_))
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
@@ -273,12 +268,13 @@ def sum_grad_over_tp(x: Tensor) -> Tensor:
 def sum_over_tp(x: Tensor) -> Tensor:
     """Return the sum of `x` (any shape) over the tensor-parallel group; its gradient passes as it is.
 
-    For compiled code: of the in-place collectives that megatron-core's layers run, torch.compile makes a graph break
-    each. These are functional, and Inductor writes the sum in place where nobody reads the summands.
+    In compiled code the sum is a functional collective: of the in-place ones that megatron-core's layers run,
+    torch.compile makes a graph break each. Inductor writes it in place where nobody reads the summands.
     """
     if tp_size() == 1:
         return x
-    summed: Tensor = _TracedSum.apply(x)
+    traced = torch.compiler.is_compiling()
+    summed: Tensor = _TracedSum.apply(x) if traced else reduce_from_tensor_model_parallel_region(x)
     return summed
 
 

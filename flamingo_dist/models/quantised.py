@@ -73,7 +73,8 @@ class QuantisedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, floating of shape [..., I], to its product with the matrix: [..., O], dtype of x."""
-        product: Tensor = _Product.apply(x, self.codes_OI, self.scale_O)
+        run = _traced_product if torch.compiler.is_compiling() else _Product.apply
+        product: Tensor = run(x, self.codes_OI, self.scale_O)
         return product
 
     def dequantised(self) -> Tensor:
@@ -92,12 +93,46 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
         """Return [..., O] of x [..., I]."""
         ctx.codes_OI, ctx.scale_O = codes_OI, scale_O
-        return F.linear(x, codes_OI.to(x.dtype)).mul_(scale_O)
+        return _product(x, codes_OI, scale_O)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x [..., I] from that of the product [..., O]."""
-        (grad,) = grads
-        # The fp32 scale is not rounded to the gradient's dtype, nor is there an fp32 copy of the gradient.
-        scaled = torch.mul(grad, ctx.scale_O, out=torch.empty_like(grad))
-        return torch.matmul(scaled, ctx.codes_OI.to(grad.dtype)), None, None
+        return _input_grad(grads[0], ctx.codes_OI, ctx.scale_O), None, None
+
+
+def _product(x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    return F.linear(x, codes_OI.to(x.dtype)).mul_(scale_O)
+
+
+def _input_grad(grad: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    # The fp32 scale is not rounded to the gradient's dtype, nor is there an fp32 copy of the gradient.
+    scaled = torch.mul(grad, scale_O, out=torch.empty_like(grad))
+    return torch.matmul(scaled, codes_OI.to(grad.dtype))
+
+
+# For compiled code both are operators that the compiler does not look into: it found that forward and backward want
+# the same cast of the codes, and kept the cast matrix from the one to the other.
+_traced_product = torch.library.custom_op("flamingo::quantised_product", _product, mutates_args=())
+_traced_input_grad = torch.library.custom_op("flamingo::quantised_input_grad", _input_grad, mutates_args=())
+
+
+@_traced_product.register_fake
+def _(x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes_OI.shape[0])
+
+
+@_traced_input_grad.register_fake
+def _(grad: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], codes_OI.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    _, ctx.codes_OI, ctx.scale_O = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _traced_input_grad(grad, ctx.codes_OI, ctx.scale_O), None, None
+
+
+_traced_product.register_autograd(_backward, setup_context=_keep)

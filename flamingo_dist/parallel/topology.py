@@ -55,17 +55,12 @@ class ParallelConfig:
         """Check that frozen weights can live where they should in the storage that the LM's configuration asks for.
 
         Raises:
-            ValueError: ZeRO-3 would have to partition quantised weights, or torch.compile to trace them.
+            ValueError: ZeRO-3 would have to partition quantised weights.
         """
         if weight_storage != "same" and self.frozen == "partitioned":
             raise ValueError(
                 f"model.lm.weight_storage={weight_storage!r} needs parallel.frozen='resident': ZeRO-3 partitions "
                 "parameters of the run's dtype alone. Set parallel.frozen='resident', or weight_storage='same'."
-            )
-        if weight_storage != "same" and self.compile_frozen:
-            raise ValueError(
-                f"model.lm.weight_storage={weight_storage!r} does not go with parallel.compile_frozen=True: products "
-                "with quantised matrices are not compiled. Set one of the two."
             )
 
 

@@ -116,6 +116,33 @@ def test_no_copy_of_a_weight_lives_until_the_backward():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_compiled_code_keeps_the_codes_alone(kind):
+    """The compiler would find that both passes cast the codes, and keep the cast matrix from one to the other."""
+    stored = QuantisedWeight(torch.randn(64, 32), kind, inputs_cut=False)
+    x = torch.randn(3, 32).bfloat16().requires_grad_()
+    torch._dynamo.reset()
+    found = []
+    for run in (stored, torch.compile(stored, backend="aot_eager", fullgraph=True)):
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            out = run(x)
+        found.append((kept, out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    (_, want, want_grad), (kept, out, grad) = found
+    assert {t.data_ptr() for t in kept} <= {stored.codes_OI.data_ptr(), stored.scale_O.data_ptr()}
+    assert torch.equal(out, want)
+    assert torch.equal(grad, want_grad)
+
+
+def test_the_operators_of_compiled_code_are_sound():
+    """With int8 alone: opcheck compares arguments before and after, which torch cannot for fp8 on a CPU."""
+    stored = QuantisedWeight(torch.randn(6, 4), "int8", inputs_cut=False)
+    given_OI = (stored.codes_OI, stored.scale_O)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.flamingo.quantised_product.default, (x, *given_OI))
+    torch.library.opcheck(torch.ops.flamingo.quantised_input_grad.default, (torch.randn(2, 3, 6), *given_OI))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_casting_the_network_leaves_codes_and_scales(kind):
     module = nn.Sequential(QuantisedWeight(torch.randn(4, 6), kind, inputs_cut=False), nn.Linear(4, 2))
     before = dict(module[0].named_buffers())

@@ -70,6 +70,11 @@ LAYOUTS = {
         ParallelConfig(zero_stage=3, activation_checkpointing="selective"),
         {},
     ),
+    "tensor parallel, one byte a weight": (
+        2,
+        ParallelConfig(tensor=2, zero_stage=2),
+        {"weight_storage": "int8", "bias": "all"},
+    ),
 }
 
 
@@ -89,6 +94,7 @@ def test_compiled_blocks_train_alike(ranks, name):
         ("aot_eager", 0, {}),
         ("aot_eager", 1, {"positions": "alibi", "clip_qkv": 1.0}),
         ("aot_eager", 2, {"qk_norm": "width", "norm": "layer", "bias": "all"}),
+        (INDUCTOR, 3, {"weight_storage": "fp8"}),
     ],
     ids=str,
 )

@@ -185,15 +185,6 @@ def test_partitioned_weights_cannot_be_quantised():
         )
 
 
-def test_quantised_weights_are_not_compiled():
-    parallel = ParallelConfig(compile_frozen=True)
-    with (
-        single_process() as topology,
-        pytest.raises(ValueError, match="does not go with parallel.compile_frozen"),
-    ):
-        build_model(stored_as(tiny.network(), "fp8"), parallel, topology, dtype=torch.float32, seed=0)
-
-
 def test_a_storage_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"weight_storage='int4' is not known; choose one of \('same', "):
         stored_as(tiny.network(), "int4")
