@@ -91,7 +91,7 @@ class ColumnLinear(ColumnParallelLinear):
             output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
-        return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+        return linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
 
 
 class RowLinear(RowParallelLinear):
@@ -118,7 +118,7 @@ class RowLinear(RowParallelLinear):
             output, skipped = super().forward(_three_axes(input_))
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
-        return F.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+        return linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
 
 
 def _with_bias(layer: ColumnLinear | RowLinear, output: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +147,19 @@ def quantise_(layer: nn.Module, storage: WeightStorage, device: torch.device) ->
 def _three_axes(x: Tensor) -> Tensor:
     """Return [..., in] as [N, 1, in]: megatron-core's weight gradient takes two or three axes alone."""
     return x.reshape(-1, 1, x.shape[-1]) if x.dim() > 3 else x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map x [..., in] by weight [out, in] and bias [out] to shape [..., out]; autograd keeps no view of the weight.
+
+    `F.linear` keeps a view of the weight, which holds the memory that ZeRO-3 gathered into after ZeRO-3 has let it go:
+    without recomputation all weights of the network stood there at the end of the forward. This keeps the parameter,
+    whose values are back when its backward runs.
+    """
+    if not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    product: Tensor = _Linear.apply(x, weight, bias)
+    return product
 
 
 def column_linear(
@@ -288,6 +301,37 @@ class _EmptyLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Do nothing: filling is the run's, by name and seed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return linear(input, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` of a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        # A frozen weight is no saved tensor: recomputation, which runs until it has the last of those, need not run the
+        # last product of a block for it.
+        ctx.shape, ctx.frozen = x.shape, None if weight.requires_grad else weight
+        ctx.save_for_backward(*((rows, weight) if weight.requires_grad else ()))
+        product = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        return product.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of x [..., in], of the weight [out, in] and of the bias [out], where they are wanted."""
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        weight = ctx.saved_tensors[1] if of_weight else ctx.frozen
+        grad = grads[0].reshape(-1, weight.shape[0])
+        return (
+            grad.mm(weight).view(ctx.shape) if of_x else None,
+            grad.t().mm(ctx.saved_tensors[0]) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
 
 
 class _SumGradOverTP(torch.autograd.Function):

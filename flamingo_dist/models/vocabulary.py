@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.head_loss import HeadShard, frozen_head_nll
 from flamingo_dist.models.init import tag
-from flamingo_dist.models.linear import tp_size
+from flamingo_dist.models.linear import linear, tp_size
 from flamingo_dist.models.lm_config import LMConfig
 
 IGNORE = -100
@@ -43,7 +43,7 @@ class ExtraRows(nn.Module):
         Returns:
             [N, D], or with `as_head` logits of shape [..., X], X the number of rows.
         """
-        return F.linear(x, self.weight) if as_head else F.embedding(x, self.weight)
+        return linear(x, self.weight) if as_head else F.embedding(x, self.weight)
 
 
 class FrozenVocabulary(VocabParallelEmbedding):

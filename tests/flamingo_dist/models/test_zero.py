@@ -19,6 +19,7 @@ from flamingo_dist.parallel.zero import (
     init_deepspeed,
     make_engine,
 )
+from tests import tiny
 
 T, B, M, R = 6, 2, 3, 4
 INDEX = torch.tensor([[0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 1, 2]])
@@ -102,3 +103,36 @@ def test_zero_3_equals_no_zero(ranks, world, tensor, shared, units):
         for name, grad in grads.items():
             assert want[name].any(), name
             torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-4)
+
+
+def views_kept(topology: Topology, frozen: str) -> tuple[list[str], int]:
+    """Which weights autograd keeps by a tensor that is not the parameter, and how many parameters it keeps."""
+    parallel = ParallelConfig(tensor=topology.tensor, zero_stage=3, frozen=frozen)
+    step = tiny.make_step(topology, parallel, tiny.train_config(1), tiny.network(gate_init=0.5))
+    named = dict(step.engine.module.named_parameters())
+    views, whole = [], set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        owners = [n for n, p in named.items() if p.numel() and p.untyped_storage().data_ptr() == place]
+        if owners and isinstance(tensor, nn.Parameter):
+            whole.add(place)
+        elif owners and owners != [
+            "resampler.latents"
+        ]:  # a norm keeps its input, which these are; they are small
+            views.append(owners[0])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step.run(0, tiny.batches(0, topology))
+    return sorted(set(views)), len(whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("frozen", ["resident", "partitioned"])
+@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
+def test_nothing_holds_a_weight_that_zero_3_lets_go(ranks, world, tensor, frozen):
+    """A view of a gathered weight would hold its memory until the backward, of all weights at once."""
+    for views, parameters in ranks.run(views_kept, frozen, world=world, tensor=tensor):
+        assert views == []
+        assert parameters > 0
