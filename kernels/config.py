@@ -11,6 +11,7 @@ a GPU (`kernels.testing.dry`).
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -41,6 +42,24 @@ def architecture(device: torch.device) -> int:
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value` and 16, the smallest side of a matrix product."""
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def without_wgmma(arch: int) -> bool:
+    """Whether `arch` has neither wgmma nor tcgen05, as sm_80 has not: sm_8x and sm_12x."""
+    return arch // 10 in (8, 12)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are asked for (`torch.func.jvp`, dual tensors), which our operators have not.
+
+    They would come out as zeros without a word: torch takes a custom operator's missing rule for that.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def can_launch(tensor: Tensor) -> bool:

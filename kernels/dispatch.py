@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from kernels.config import can_launch, have_triton
+from kernels.config import can_launch, have_triton, in_forward_mode
 from kernels.gated_xattn import reference as gated_xattn_reference
 from kernels.perceiver_attn import reference as perceiver_attn_reference
 
@@ -14,7 +14,7 @@ if have_triton:
 
 Implementation = Literal["auto", "reference", "triton"]
 """`reference` is plain PyTorch on any device; `triton` the kernels, or an error where they cannot run; `auto` is
-`triton` on CUDA tensors of a shape and dtype that the kernel takes, and `reference` elsewhere."""
+`triton` on CUDA tensors of shapes and dtypes that the kernel takes, and `reference` elsewhere."""
 
 
 def check_implementation(implementation: str) -> None:
@@ -39,6 +39,8 @@ def launches(implementation: Implementation, what: str, tensor: Tensor, reason: 
     check_implementation(implementation)
     if implementation == "reference":
         return False
+    if in_forward_mode():
+        reason = "it has no forward-mode derivative"
     if implementation == "auto":
         return tensor.device.type == "cuda" and can_launch(tensor) and reason is None
     if not can_launch(tensor) and tensor.device.type != "meta":
@@ -51,6 +53,12 @@ def launches(implementation: Implementation, what: str, tensor: Tensor, reason: 
     if reason is not None:
         raise ValueError(f"{what}: implementation='triton' cannot run: {reason}. Choose 'auto'.")
     return True
+
+
+def mixed(*tensors: Tensor) -> str | None:
+    """Return that tensors of any shapes differ in dtype or device, None if they do not."""
+    found = {f"{x.dtype} on {x.device}" for x in tensors}
+    return None if len(found) == 1 else f"its tensors must share dtype and device, given {sorted(found)}"
 
 
 def gated_xattn(
@@ -79,9 +87,13 @@ def gated_xattn(
         check_implementation(implementation)
         implementation = "reference"
     reason = None
-    if implementation != "reference" and have_triton and k_BMRHK.dim() == 5:
-        reason = gated_xattn_op.unsupported(q_BTHK, k_BMRHK.shape[0] * k_BMRHK.shape[1], k_BMRHK.shape[2])
+    if implementation != "reference" and have_triton and q_BTHK.dim() == 4 and k_BMRHK.dim() == 5:
+        images, latents = k_BMRHK.shape[0] * k_BMRHK.shape[1], k_BMRHK.shape[2]
+        reason = mixed(q_BTHK, k_BMRHK, v_BMRHK) or gated_xattn_op.unsupported(q_BTHK, images, latents)
     if launches(implementation, "gated_xattn", q_BTHK, reason):
+        gate = (
+            gate if gate is None else gate.to(q_BTHK.dtype)
+        )  # under autocast a parameter's dtype, not the queries'
         return gated_xattn_op.gated_xattn_batched(q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate)
     return gated_xattn_reference.gated_xattn(
         q_BTHK, k_BMRHK, v_BMRHK, media_index_BT, gate, attend_all=attend_all
@@ -105,7 +117,7 @@ def perceiver_attn(
     """
     inputs = (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK, feature_mask_NJ)
     perceiver_attn_reference.check_shapes(*inputs)
-    reason = perceiver_attn_op.unsupported(q_NRHK) if have_triton else None
+    reason = mixed(*inputs[:5]) or perceiver_attn_op.unsupported(*inputs[:3]) if have_triton else None
     if launches(implementation, "perceiver_attn", q_NRHK, reason):
         return perceiver_attn_op.perceiver_attn_op(*inputs, 0)[0]
     return perceiver_attn_reference.perceiver_attn(*inputs)

@@ -28,7 +28,7 @@ def add_layernorm(
         y = x + gate * a, [..., D] in the dtype of `x`, and LayerNorm(y), [..., D] in the dtype of `weight_D`.
     """
     add_layernorm_reference.check_shapes(x, a, weight_D, bias_D, gate_D)
-    reason = add_layernorm_op.unsupported(x, a, weight_D) if have_triton else None
+    reason = add_layernorm_op.unsupported(x, a, weight_D, gate_D) if have_triton else None
     if launches(implementation, "add_layernorm", x, reason):
         y, z, _, _ = add_layernorm_op.add_layernorm_op(x, a, weight_D, bias_D, gate_D, eps)
         return y, z

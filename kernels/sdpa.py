@@ -38,6 +38,6 @@ def attention(
         v_BGSK,
         attn_mask=mask,
         is_causal=is_causal,
-        enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
+        enable_gqa=bool(q_BHTK.shape[1] != k_BGSK.shape[1]),  # torch takes no symbolic truth
     )
     return out_BHTK.to(dtype)

@@ -325,11 +325,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x [..., in], of the weight [out, in] and of the bias [out], where they are wanted."""
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        weight = ctx.saved_tensors[1] if of_weight else ctx.frozen
+        saved = ctx.saved_tensors  # read once: recomputation gives them once
+        weight = saved[1] if of_weight else ctx.frozen
         grad = grads[0].reshape(-1, weight.shape[0])
         return (
             grad.mm(weight).view(ctx.shape) if of_x else None,
-            grad.t().mm(ctx.saved_tensors[0]) if of_weight else None,
+            grad.t().mm(saved[0]) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
 

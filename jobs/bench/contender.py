@@ -49,8 +49,12 @@ def check_launch(case: Case) -> None:
         raise LeftOutError("Triton kernels need CUDA, or a CPU with TRITON_INTERPRET=1 set before the start")
 
 
-def compile_(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def compile_(
+    function: Callable[..., Any], device: torch.device, *, tuned: bool = False
+) -> Callable[..., Any]:
     """Return `function` under torch.compile, for static shapes; on a CPU only traced, for want of time.
+
+    With `tuned` Inductor times its choices of tiles and takes the best.
 
     Donated buffers are turned off: they forbid running a backward pass twice, as timing does.
     """
@@ -58,7 +62,8 @@ def compile_(function: Callable[..., Any], device: torch.device) -> Callable[...
 
     functorch.donated_buffer = False
     backend = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
+    options: dict[str, Any] | None = {"max_autotune": True} if tuned and backend == "inductor" else None
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend, options=options)
     return compiled
 
 

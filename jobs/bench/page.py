@@ -12,6 +12,11 @@ from jobs.bench.shapes import FUSED, PERCEIVER, XATTN
 NAMED = {shape.name for shape in (*XATTN, *PERCEIVER, *FUSED)}
 GOALS = (("fwd", 0.80), ("bwd", 0.70))
 """Shares of a copy's rate that cross-attention is to reach at the 9B and 80B shapes."""
+COMPILED = ("B2", "B4", "compiled")
+"""How the names of torch.compile's contenders begin. They come late in a run with a budget."""
+UNCOMPILED = (
+    "† no baseline of torch.compile was timed at this shape: it may be better than the best that was."
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Duel:
     mode: str
     ours: Row
     best: Row
+    mark: str
+    """"†" where no compiled baseline was timed."""
 
     @property
     def ratio(self) -> float:
@@ -56,7 +63,8 @@ def duels(rows: Iterable[Row]) -> list[Duel]:
     for (level, op, shape, _, mode), group in groups.items():
         mine, others = ([row for row in group if row.ours is ours] for ours in (True, False))
         if mine and others:
-            found.append(Duel(level, op, shape, mode, min(mine, key=_time), min(others, key=_time)))
+            mark = "" if any(row.contender.startswith(COMPILED) for row in others) else "†"
+            found.append(Duel(level, op, shape, mode, min(mine, key=_time), min(others, key=_time), mark))
     return found
 
 
@@ -90,7 +98,10 @@ def _figures(results: Results) -> list[str]:
     fought = duels(results.rows)
     named = [duel for duel in fought if duel.shape in NAMED or not results.measured]
     swept = [duel for duel in fought if duel not in named and duel.mode == "fwd+bwd"]
-    parts = ["## Named shapes\n\nMedians with 20/80 quantiles, milliseconds.\n\n" + _duel_table(named)]
+    head = "Medians with 20/80 quantiles, milliseconds."
+    if any(duel.mark for duel in fought):
+        head += f"\n\n{UNCOMPILED}"
+    parts = [f"## Named shapes\n\n{head}\n\n{_duel_table(named)}"]
     if swept:
         parts.append("## Sweep, forward and backward\n\n" + _duel_table(swept))
     parts += [
@@ -113,7 +124,7 @@ def _duel_table(fought: Sequence[Duel]) -> str:
         tie = " (tie)" if duel.tie else ""
         lines.append(
             f"| {duel.level} {duel.op} | {duel.shape} | {duel.mode} | {_spread(duel.ours)} | "
-            f"{duel.best.contender} {_spread(duel.best)} | {duel.ratio:.2f}{tie} | {rate} |"
+            f"{duel.best.contender}{duel.mark} {_spread(duel.best)} | {duel.ratio:.2f}{tie} | {rate} |"
         )
     return "\n".join(lines) if fought else "Nothing was timed on both sides."
 
@@ -131,13 +142,17 @@ def _goals(fought: Sequence[Duel], rows: Sequence[Row]) -> str:
         if wanted is not None and duel.mode == "fwd+bwd":
             met = "yes" if duel.ratio >= wanted else "no"
             lines.append(
-                f"| fwd+bwd: {wanted} times the best baseline | {duel.shape} | {duel.ratio:.2f} | {met} |"
+                f"| fwd+bwd: {wanted} times the best baseline{duel.mark} | {duel.shape} | {duel.ratio:.2f} | {met} |"
             )
     layers = [d for d in fought if (d.level, d.op, d.mode) == ("layer", "gated_xattn", "fwd+bwd")]
     slower = [duel.shape for duel in layers if duel.ratio < 1 and not duel.tie]
     if layers:
         shown = f"slower at {len(slower)} of {len(layers)}" if slower else f"none slower of {len(layers)}"
-        lines.append(f"| layer never slower | all that were timed | {shown} | {'no' if slower else 'yes'} |")
+        open_ones = sum(bool(duel.mark) for duel in layers)
+        met = (
+            "no" if slower else f"not decided: {open_ones} without compiled baselines" if open_ones else "yes"
+        )
+        lines.append(f"| layer never slower | all that were timed | {shown} | {met} |")
     lines += _step_goals(rows)
     return "\n".join(lines) if len(lines) > 4 else ""
 
@@ -159,7 +174,11 @@ def _step_goals(rows: Sequence[Row]) -> Iterator[str]:
 def _losses(fought: Sequence[Duel]) -> str:
     lost = sorted((duel for duel in fought if duel.ratio < 1), key=lambda duel: duel.ratio)
     if not lost:
-        return "## Where we lose\n\nAt no shape that was timed. Shapes that were not reached may differ."
+        marked = sum(bool(duel.mark) for duel in fought)
+        against = (
+            f" {marked} of {len(fought)} comparisons are without compiled baselines (†)." if marked else ""
+        )
+        return f"## Where we lose\n\nAt no shape that was timed.{against} Shapes that were not reached may differ."
     head = f"## Where we lose\n\nThe best baseline is faster in {len(lost)} of {len(fought)} comparisons, worst first"
     return f"{head}{', the first 40' if len(lost) > 40 else ''}.\n\n{_duel_table(lost[:40])}"
 

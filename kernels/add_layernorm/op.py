@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.add_layernorm import kernel
-from kernels.config import FILL_PROGRAMS
+from kernels.config import FILL_PROGRAMS, power_of_two
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels compute on; the stream, the branch and the vectors may differ."""
@@ -14,13 +14,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192
 """Widest stream: a row lives in the registers of one program."""
 
+MAX_GATED_WIDTH = 4096
+"""Widest stream with a gate, whose sums are a third row: at 8192 the backward spills, and in fp32 overfills sm_80."""
 
-def unsupported(x: Tensor, a: Tensor, weight_D: Tensor) -> str | None:
-    """Return why the kernels do not take x and a [..., D] and a weight [D] like these, None if they do."""
+
+def unsupported(x: Tensor, a: Tensor, weight_D: Tensor, gate_D: Tensor | None) -> str | None:
+    """Return why the kernels do not take x and a [..., D], a weight and a gate [D] like these, None if they do."""
     if not {x.dtype, a.dtype, weight_D.dtype} <= set(DTYPES):
         return f"the kernel computes on fp32, fp16 and bf16, not on {x.dtype}, {a.dtype} and {weight_D.dtype}"
-    if x.shape[-1] > MAX_WIDTH:
-        return f"the kernel takes rows of up to {MAX_WIDTH}, not of {x.shape[-1]}"
+    widest, rows = (MAX_WIDTH, "rows") if gate_D is None else (MAX_GATED_WIDTH, "gated rows")
+    if not 1 <= x.shape[-1] <= widest:
+        return f"the kernel takes {rows} of 1 to {widest}, not of {x.shape[-1]}"
     return None
 
 
@@ -138,8 +142,11 @@ def launch_forward(
     y, z = x.new_empty(x.shape), x.new_empty(x.shape, dtype=weight_D.dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows > 0:
-        gate, constants = _common(weight_D, gate_D)
-        kernel.forward_kernel[(rows,)](x, a, weight_D, bias_D, gate, y, z, mean, rstd, eps, **constants)
+        vectors, constants = _common(weight_D, gate_D)
+        with torch.cuda.device_of(x):
+            kernel.forward_kernel[(rows,)](
+                x, a, vectors[0], bias_D.contiguous(), vectors[1], y, z, mean, rstd, eps, **constants
+            )
     return y, z, mean, rstd
 
 
@@ -159,17 +166,18 @@ def launch_backward(
     """
     width = y.shape[-1]
     rows = y.numel() // width
-    gate, constants = _common(weight_D, gate_D)
+    vectors, constants = _common(weight_D, gate_D)
     programs = programs_for(rows, constants["num_warps"])
     separate = _separate(y, a, gate_D)
     dx = y.new_empty(y.shape)
     da = a.new_empty(a.shape if separate else (0,))
     partials = y.new_empty((2 if gate_D is None else 3, programs, width), dtype=torch.float32)
-    kernel.backward_kernel[(programs,)](
-        dy.contiguous(), dz.contiguous(), y, y if gate_D is None else a.contiguous(), weight_D, gate, mean, rstd,
-        dx, da if separate else dx, partials, rows, -(-rows // programs),
-        SEPARATE=separate, STAGES=2, **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        kernel.backward_kernel[(programs,)](
+            dy.contiguous(), dz.contiguous(), y, y if gate_D is None else a.contiguous(), *vectors, mean, rstd,
+            dx, da if separate else dx, partials, rows, -(-rows // programs),
+            SEPARATE=separate, STAGES=2, **constants,
+        )  # fmt: skip
     return dx, da, partials.sum(1)
 
 
@@ -190,18 +198,19 @@ def _separate(y: Tensor, a: Tensor, gate_D: Tensor | None) -> bool:
     return gate_D is not None or a.dtype != y.dtype
 
 
-def _common(weight_D: Tensor, gate_D: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+def _common(weight_D: Tensor, gate_D: Tensor | None) -> tuple[tuple[Tensor, Tensor], dict[str, int]]:
     """Return what both kernels take for a weight [D] and a gate [D] or None.
 
-    The gate, or the weight, never read, in its place; and the compile-time arguments: the power of two that holds a
-    row, and the warps that work on it, 16 elements a thread.
+    Weight and gate, contiguous, the weight, never read, in place of no gate; and the compile-time arguments: the
+    power of two that holds a row, and the warps that work on it, 16 elements a thread.
     """
     width = weight_D.shape[0]
-    block = max(16, 1 << (width - 1).bit_length())
+    block = power_of_two(width)
     constants = {
         "D": width,
         "BLOCK_D": block,
         "HAS_GATE": gate_D is not None,
         "num_warps": min(16, max(1, block // 512)),
     }
-    return weight_D if gate_D is None else gate_D, constants
+    weight_D = weight_D.contiguous()
+    return (weight_D, weight_D if gate_D is None else gate_D.contiguous()), constants

@@ -86,9 +86,10 @@ def launch_forward(u: Tensor, gate: Tensor | None) -> Tensor:
     u = u.contiguous()
     h = u.new_empty(u.shape)
     if u.numel() > 0:
-        kernel.forward_kernel[(_blocks(u),)](
-            u, _or(gate, u), h, u.numel(), HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=WARPS
-        )
+        with torch.cuda.device_of(u):
+            kernel.forward_kernel[(_blocks(u),)](
+                u, _or(gate, u), h, u.numel(), HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=WARPS
+            )
     return h
 
 
@@ -107,17 +108,11 @@ def launch_backward(dh: Tensor, u: Tensor, gate: Tensor | None) -> tuple[Tensor,
     du = u.new_empty(u.shape)
     partials = u.new_empty(_blocks(u) if gate is not None else 0, dtype=torch.float32)
     if u.numel() > 0:
-        kernel.backward_kernel[(_blocks(u),)](
-            u,
-            _or(gate, u),
-            dh,
-            du,
-            partials,
-            u.numel(),
-            HAS_GATE=gate is not None,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+        with torch.cuda.device_of(u):
+            kernel.backward_kernel[(_blocks(u),)](
+                u, _or(gate, u), dh, du, partials, u.numel(),
+                HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
     return du, partials.sum()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.config import FILL_PROGRAMS, architecture
+from kernels.config import FILL_PROGRAMS, architecture, can_launch, power_of_two
 from kernels.gated_xattn import kernel
 from kernels.gated_xattn.reference import check_media_index, check_shapes, values_are_known
 from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, tiles
@@ -115,6 +115,11 @@ def check(q_BTHK: Tensor, k_IRHK: Tensor, v_IRHK: Tensor, spans_I2: Tensor, gate
         spans_I2: [I, 2] int32 or int64, monotone, none across a sample's border.
         gate: 0-dim tensor or None.
     """
+    if not can_launch(q_BTHK) and q_BTHK.device.type != "meta":
+        raise ValueError(
+            f"the Triton kernel of gated_xattn cannot run on {q_BTHK.device}; it needs CUDA, or a CPU with "
+            "TRITON_INTERPRET=1 set before the process starts. Use the reference."
+        )
     heads = q_BTHK.shape[2:]
     if k_IRHK.dim() != 4 or k_IRHK.shape != v_IRHK.shape or k_IRHK.shape[2:] != heads:
         raise ValueError(
@@ -201,7 +206,7 @@ def forward(
         chunks = min(chunks, -(-rows // tile.rows))
     with torch.cuda.device_of(q_BTHK):
         kernel.xattn_forward[(heads, images, chunks)](
-            q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, out_BTHK,
+            q_BTHK, k_IRHK, v_IRHK, spans_I2.int().contiguous(), q_BTHK if gate is None else gate, out_BTHK,
             images, batch, rows, heads, width**-0.5 * kernel.LOG2E.value,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *out_BTHK.stride()[:3],
             **meta,
@@ -248,7 +253,7 @@ def backward(
     dgate = torch.empty(chunks, images * heads, dtype=torch.float32, device=q_BTHK.device)
     with torch.cuda.device_of(q_BTHK):
         kernel.xattn_backward[(heads, images, chunks)](
-            q_BTHK, k_IRHK, v_IRHK, spans_I2.contiguous(), q_BTHK if gate is None else gate, do_BTHK,
+            q_BTHK, k_IRHK, v_IRHK, spans_I2.int().contiguous(), q_BTHK if gate is None else gate, do_BTHK,
             dq_BTHK, *parts, dgate,
             images, batch, rows, heads, width**-0.5,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *do_BTHK.stride()[:3],
@@ -273,7 +278,7 @@ def media_spans(media_index_BT: Tensor, media: int) -> Tensor:
     spans_I2 = torch.empty(batch * media, 2, dtype=torch.int32, device=media_index_BT.device)
     if batch * media == 0:
         return spans_I2
-    block = min(1024, max(16, 1 << (rows - 1).bit_length() if rows else 16))
+    block = min(1024, power_of_two(max(1, rows)))
     with torch.cuda.device_of(media_index_BT):
         kernel.media_spans[(batch * media,)](
             media_index_BT, spans_I2, rows, media, *media_index_BT.stride(), BLOCK_T=block, num_warps=4
@@ -285,7 +290,7 @@ def _meta(
     q_BTHK: Tensor, latents: int, gate: Tensor | None, *, backward: bool
 ) -> tuple[Tile, dict[str, object]]:
     """Return the tile and the compile-time arguments for queries [B, T, H, K] and a 0-dim gate or None."""
-    block = max(16, 1 << (latents - 1).bit_length())
+    block = power_of_two(latents)
     tile = tiles(q_BTHK.shape[-1], block, q_BTHK.dtype, architecture(q_BTHK.device))[backward]
     # As torch's own products: full fp32 unless the user has allowed less.
     exact = q_BTHK.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"

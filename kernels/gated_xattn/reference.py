@@ -114,6 +114,8 @@ def check_shapes(
     q_BTHK: Tensor, k_BMRHK: Tensor, v_BMRHK: Tensor, media_index_BT: Tensor, gate: Tensor | None
 ) -> None:
     """Raise `ValueError` unless the shapes fit together: those of `gated_xattn`."""
+    if q_BTHK.dim() != 4:
+        raise ValueError(f"queries are {tuple(q_BTHK.shape)}; they must be [B, T, H, K].")
     b, t, h, k = q_BTHK.shape
     if k_BMRHK.dim() != 5 or k_BMRHK.shape != v_BMRHK.shape or k_BMRHK.shape[::3] != (b, h):
         raise ValueError(
@@ -128,6 +130,8 @@ def check_shapes(
         raise ValueError(
             f"media_index_BT is {tuple(media_index_BT.shape)}; it must be [B, T] = {(b, t)}, one index a row."
         )
+    if media_index_BT.dtype.is_floating_point:
+        raise ValueError(f"media_index_BT is {media_index_BT.dtype}; it must be an integer dtype.")
     if gate is not None and gate.dim() != 0:
         raise ValueError(
             f"gate is {tuple(gate.shape)}; pass a 0-dim tensor, or None and apply a vector gate yourself."

@@ -3,16 +3,17 @@
 The kernels wait for memory and a program handles a tile or two, so what counts is how many programs share a processor:
 their loads overlap with the others' arithmetic. Four warps a program beat eight at every shape that was timed.
 Measured on an H200 for sm_90 (`python -m jobs.bench.tune`), elsewhere chosen by compiled figures
-(`kernels.testing.dry`). None spills and none uses a byte of stack, on sm_80, sm_90 and sm_100, with Triton 3.6.0 and
-3.7.1. bf16, K 128, 64 latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 64 x 4 warps in
-two halves, the next rows on their way, 254 registers, two programs.
+(`kernels.testing.dry`). What the tests compile uses not a byte of stack on sm_80, sm_90 and sm_100, with Triton 3.6.0
+and 3.7.1; of all widths and powers of two of latents, a few that no published model has use 8 to 24. bf16, K 128, 64
+latents on sm_90: forward 64 x 4 warps, 106 registers, four programs; backward 64 x 4 warps in two halves, the next
+rows on their way, 254 registers, two programs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.config import INTERPRETER_ARCH
+from kernels.config import INTERPRETER_ARCH, without_wgmma
 
 MAX_LATENTS = 128
 
@@ -25,7 +26,7 @@ registers, 72 bytes of stack and 240 mma instructions; padded to 32 columns 218 
 WIDTHS = tuple(_PARTS)
 """Head widths that the kernels take."""
 
-SMALL_SHARED_MEMORY = (86, 89, 120)
+SMALL_SHARED_MEMORY = (86, 89, 120, 121)
 """Architectures with 99 KiB of shared memory for a program."""
 
 
@@ -59,11 +60,11 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
     """
     parts = _PARTS[width]
     padded = _PADDED.get(width, parts)
-    family = 80 if arch in SMALL_SHARED_MEMORY else arch
+    family = 80 if without_wgmma(arch) else arch
     if arch == INTERPRETER_ARCH:
         return Tile(16, 4, parts), Tile(16, 4, padded)
     if dtype == torch.float32:  # full fp32 has no tensor cores: small tiles, or it spills
-        return Tile(16, 8, parts), Tile(16, 8, parts)
+        return Tile(16, 8, parts), Tile(16, 8, padded if latents > 64 else parts)
     # Two halves of 64 keep one half of the output in registers at a time.
     forward = Tile(64, 4, (64, 64) if width == 128 else parts)
     if latents > 64:
@@ -72,6 +73,12 @@ def tiles(width: int, latents: int, dtype: torch.dtype, arch: int) -> tuple[Tile
         if family == 80 and padded[1]:  # without wgmma two parts spill; one part of padded width does not
             padded = (128, 0)
         return forward, Tile(16 if padded[1] else 32, 8, padded, dv_first=padded[1] > 0)
+    if latents == 32 and family != 80 and padded[1]:  # two parts spill with so few keys
+        return forward, Tile(64, 8, (128, 0), dv_first=True)
+    if (
+        latents == 32 and family == 90 and width == 128
+    ):  # with the next rows on their way it takes 32 bytes of stack
+        return forward, replace(_HOPPER[128], stages=1)
     if family == 90:
         return forward, _HOPPER.get(width, Tile(64, 4, padded, dv_first=True))
     capped = {(80, 128): Tile(16, 8, padded, registers=128)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.config import FILL_PROGRAMS, architecture, is_interpreted
+from kernels.config import FILL_PROGRAMS, architecture, is_interpreted, power_of_two
 from kernels.perceiver_attn import kernel
 from kernels.perceiver_attn.tiles import MAX_HEAD, Tiles, backward_tiles, forward_tiles
 
@@ -18,12 +18,19 @@ SPLIT_FEATURES = 512
 """A share of the keys has at least this many features: below it, partial results cost more than they give."""
 
 
-def unsupported(q_NRHK: Tensor) -> str | None:
-    """Return why the kernels do not take queries [N, R, H, K] like these, None if they do."""
+FAR = 2**31
+"""Elements of a feature's rows that a place in 32 bits reaches."""
+
+
+def unsupported(q_NRHK: Tensor, k_feat_NJHK: Tensor, v_feat_NJHK: Tensor) -> str | None:
+    """Return why the kernels do not take queries [N, R, H, K] and features [N, J, H, K] like these, None if they do."""
     if q_NRHK.dtype not in DTYPES:
         return f"the kernel computes on fp32, fp16 and bf16, not on {q_NRHK.dtype}"
-    if q_NRHK.shape[3] > MAX_HEAD:
-        return f"the kernel takes heads of up to {MAX_HEAD}, not of {q_NRHK.shape[3]}"
+    if not 1 <= q_NRHK.shape[3] <= MAX_HEAD:
+        return f"the kernel takes heads of 1 to {MAX_HEAD}, not of {q_NRHK.shape[3]}"
+    elements = k_feat_NJHK.shape[1:].numel()
+    if elements >= FAR:
+        return f"keys of one medium must have fewer than 2**31 elements, not {elements}"
     return None
 
 
@@ -171,16 +178,17 @@ def launch_forward(
     if splits > 1:
         target = q_NRHK.new_empty((splits, n, r, h, k), dtype=torch.float32)
         target_lse = q_NRHK.new_empty((splits, n, r, h), dtype=torch.float32)
-    kernel.forward_kernel[launch.grid](
-        *launch.inputs, launch.mask, target, target_lse,
-        *launch.strides, n * r * h, launch.scale_log2, *launch.keys, **launch.constants,
-    )  # fmt: skip
-    if splits > 1:
-        rows, block = n * r * h, 16
-        kernel.combine_kernel[(-(-rows // block),)](
-            target, target_lse, out_NRHK, lse_NRH, rows, splits,
-            K=k, KPAD=_power_of_two(k), BLOCK=block, num_warps=4,
+    with torch.cuda.device_of(q_NRHK):
+        kernel.forward_kernel[launch.grid](
+            *launch.inputs, launch.mask, target, target_lse,
+            *launch.strides, n * r * h, launch.scale_log2, *launch.keys, **launch.constants,
         )  # fmt: skip
+        if splits > 1:
+            rows, block = n * r * h, 16
+            kernel.combine_kernel[(-(-rows // block),)](
+                target, target_lse, out_NRHK, lse_NRH, rows, splits,
+                K=k, KPAD=power_of_two(k), BLOCK=block, num_warps=4,
+            )  # fmt: skip
     return out_NRHK, lse_NRH
 
 
@@ -208,11 +216,12 @@ def launch_backward(
     _, query_tiles, splits = launch.grid
     dq = _partials(q_NRHK, q_NRHK.shape, splits)
     dkv = [_partials(q_NRHK, x.shape, query_tiles) for x in launch.inputs[1:]]
-    kernel.backward_kernel[launch.grid](
-        *launch.inputs, launch.mask, out_NRHK.contiguous(), dout_NRHK.contiguous(), lse_NRH, dq, *dkv,
-        *launch.strides, n * r * h, n * k_feat_NJHK.shape[1] * h, launch.scale_log2, k**-0.5, *launch.keys,
-        **launch.constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q_NRHK):
+        kernel.backward_kernel[launch.grid](
+            *launch.inputs, launch.mask, out_NRHK.contiguous(), dout_NRHK.contiguous(), lse_NRH, dq, *dkv,
+            *launch.strides, n * r * h, n * k_feat_NJHK.shape[1] * h, launch.scale_log2, k**-0.5, *launch.keys,
+            **launch.constants,
+        )  # fmt: skip
     dq_NRHK, dk_feat, dv_feat, dk_lat, dv_lat = (_sum_partials(x, q_NRHK.dtype) for x in (dq, *dkv))
     return dq_NRHK, dk_feat, dv_feat, dk_lat, dv_lat
 
@@ -252,7 +261,7 @@ def _prepare(
     query_tiles = -(-r // tiles.rows)
     splits = splits or choose_splits(n * h * query_tiles, features)
     inputs = [
-        x if x.stride(-1) == 1 else x.contiguous()
+        x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < FAR else x.contiguous()
         for x in (q_NRHK, k_feat_NJHK, v_feat_NJHK, k_lat_NRHK, v_lat_NRHK)
     ]
     return _Launch(
@@ -288,8 +297,3 @@ def _partials(like: Tensor, shape: torch.Size, parts: int) -> Tensor:
 def _sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of [parts, ...] over its first axis, [...], in `dtype`."""
     return partials[0] if partials.shape[0] == 1 else partials.sum(0).to(dtype)
-
-
-def _power_of_two(value: int) -> int:
-    """Return the smallest power of two that is at least `value` and 16."""
-    return max(16, 1 << (value - 1).bit_length())

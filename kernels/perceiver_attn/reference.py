@@ -78,6 +78,10 @@ def check_shapes(
     feature_mask_NJ: Tensor | None,
 ) -> None:
     """Raise `ValueError` unless the shapes fit together."""
+    if q_NRHK.dim() != 4 or k_feat_NJHK.dim() != 4:
+        raise ValueError(
+            f"queries {tuple(q_NRHK.shape)} must be [N, R, H, K] and features {tuple(k_feat_NJHK.shape)} [N, J, H, K]."
+        )
     n, _, h, k = q_NRHK.shape
     if not q_NRHK.shape == k_lat_NRHK.shape == v_lat_NRHK.shape:
         raise ValueError(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.config import power_of_two, without_wgmma
+
 MAX_HEAD = 128
 """Widest head that the kernels take."""
 
@@ -33,7 +35,7 @@ def forward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) ->
         dtype: of queries, keys and values.
         arch: compute capability, 10 * major + minor; 0 under the interpreter.
     """
-    rows, parts = min(64, _power_of_two(latents)), head_parts(head_dim, dtype)
+    rows, parts = min(64, power_of_two(latents)), head_parts(head_dim, dtype)
     if dtype != torch.float32 and arch == 90:
         # On an H200 84% of a copy's bytes at the paper's shape, where two blocks of 64 keys on their way get 68%.
         return Tiles(rows=rows, keys=32, parts=parts, warps=4, stages=3)
@@ -53,12 +55,12 @@ def backward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -
         dtype: of queries, keys and values.
         arch: compute capability, 10 * major + minor; 0 under the interpreter.
     """
-    rows, parts = _power_of_two(latents), head_parts(head_dim, dtype)
+    rows, parts = power_of_two(latents), head_parts(head_dim, dtype)
     if dtype == torch.float32:
         return Tiles(rows=16, keys=32, parts=parts, warps=8, stages=1)
-    if 80 <= arch < 90:
+    if without_wgmma(arch):
         # Two parts spill here; one part of padded width does not.
-        parts = (_power_of_two(head_dim), 0)
+        parts = (power_of_two(head_dim), 0)
         # At a width of 64 two blocks of 64 keys on their way spill (56 bytes of stack); of 32 they do not.
         keys = 64 if rows <= 64 and parts[0] != 64 else 32
         return Tiles(rows=min(rows, 64), keys=keys, parts=parts, warps=8, stages=2)
@@ -85,9 +87,4 @@ def head_parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
         return high, low
     if high >= 16 and (low == 0 or (low >= 16 and low & (low - 1) == 0)):
         return high, low
-    return _power_of_two(head_dim), 0
-
-
-def _power_of_two(value: int) -> int:
-    """Return the smallest power of two that is at least `value` and 16."""
-    return max(16, 1 << (value - 1).bit_length())
+    return power_of_two(head_dim), 0

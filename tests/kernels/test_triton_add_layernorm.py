@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import dispatch_fused
 from kernels.add_layernorm import op, reference
-from kernels.add_layernorm.op import MAX_WIDTH
+from kernels.add_layernorm.op import MAX_GATED_WIDTH, MAX_WIDTH
 from tests.kernels.close import assert_close
 from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders, relative
 
@@ -50,11 +50,12 @@ def triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gate"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, gated, dtype, device):
-    inputs = make(*shape, (dtype,) * 3, device, gated=gated)
+    rows, width = shape
+    inputs = make(rows, min(width, MAX_GATED_WIDTH) if gated else width, (dtype,) * 3, device, gated=gated)
     got = in_both_orders(lambda: run(triton, inputs))
     exact = run(reference.add_layernorm, [x.double() for x in inputs])
     assert all(x.dtype == dtype for x in got)
-    if shape[1] == 1:  # x - mean is 0: what is left of the gradients of the norm is rounding
+    if width == 1:  # x - mean is 0: what is left of the gradients of the norm is rounding
         got, exact = (x[:3] for x in (got, exact))
     assert_close(NAMES[: len(got)], got, exact, dtype)
 
@@ -114,6 +115,18 @@ def test_rows_that_are_not_contiguous(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spread", ["expanded", "strided"])
+@pytest.mark.parametrize("which", [2, 3, 4], ids=["weight", "bias", "gate"])
+def test_vectors_that_are_not_contiguous(which, spread, device):
+    inputs = make((4,), 24, (F32,) * 3, device, gated=True)
+    vector = inputs[which]
+    inputs[which] = vector[:1].expand(24) if spread == "expanded" else vector.repeat_interleave(3)[::3]
+    assert not inputs[which].is_contiguous()
+    got, want = (run(function, inputs) for function in (triton, reference.add_layernorm))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_two_runs_are_equal_bit_for_bit(gated, device, monkeypatch):
     monkeypatch.setattr(op, "programs_for", lambda rows, warps: min(rows, 4))
@@ -168,11 +181,14 @@ def test_mutant_is_caught(mutant, monkeypatch, tmp_path):
 
 def test_what_the_kernel_does_not_take(device):
     wide = make((1,), MAX_WIDTH + 1, (F32,) * 3, device, gated=False)
-    with pytest.raises(ValueError, match="rows of up to 8192, not of 8193"):
+    with pytest.raises(ValueError, match="rows of 1 to 8192, not of 8193"):
         triton(*wide)
+    wide_gated = make((1,), MAX_GATED_WIDTH + 1, (F32,) * 3, device, gated=True)
+    with pytest.raises(ValueError, match="gated rows of 1 to 4096, not of 4097"):
+        triton(*wide_gated)
     double = make((1,), 8, (torch.float64,) * 3, device, gated=False)
     with pytest.raises(ValueError, match="float64"):
         triton(*double)
-    for inputs in (wide, double):
+    for inputs in (wide, wide_gated, double):
         for a, b in zip(dispatch_fused.add_layernorm(*inputs), reference.add_layernorm(*inputs), strict=True):
             assert torch.equal(a, b)

@@ -3,13 +3,15 @@
 Outputs are never looked at: nothing runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from kernels.add_layernorm import op as add_layernorm
 from kernels.gated_relu2 import op as gated_relu2
+from kernels.gated_xattn import op as gated_xattn
 from kernels.perceiver_attn import op as perceiver_attn
 from kernels.testing.dry import ARCHITECTURES, SHARED_MEMORY, Launch, Record, dry
 from tests.kernels.golden import check_registers
@@ -158,8 +160,9 @@ def test_add_layernorm(width, name, arch):
     launch_norm(width, name, arch, gated=False)
 
 
-def test_add_layernorm_with_a_gate():
-    launch_norm(8192, "bf16", 90, gated=True)
+@pytest.mark.parametrize(("name", "arch"), [("bf16", 90), ("fp32", 80), ("stream32", 100)])
+def test_add_layernorm_with_a_gate(name, arch):
+    launch_norm(add_layernorm.MAX_GATED_WIDTH, name, arch, gated=True)
 
 
 def launch_norm(width: int, name: str, arch: int, *, gated: bool) -> None:
@@ -178,3 +181,33 @@ def launch_norm(width: int, name: str, arch: int, *, gated: bool) -> None:
         if width >= 1536:
             assert record.wide_loads > 0
             assert record.wide_stores > 0
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Tensors on a GPU that is not the current one: without the guard a kernel runs on the current one's stream."""
+    guarded = 0
+
+    @contextmanager
+    def guard(_: torch.Tensor) -> Iterator[None]:
+        nonlocal guarded
+        before = len(device.launches)
+        yield
+        guarded += len(device.launches) - before
+
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    x, vector = torch.empty(4, 64, dtype=BF16, device="meta"), torch.empty(64, dtype=BF16, device="meta")
+    q, k = torch.empty(1, 64, 2, 16, device="meta"), torch.empty(2, 8, 2, 16, device="meta")
+    features = torch.empty(1, 2048, 2, 16, device="meta")
+    with dry(90) as device:
+        y, z, mean, rstd = add_layernorm.launch_forward(x, x, vector, vector, None, 1e-5)
+        add_layernorm.launch_backward(y, z, y, x, vector, None, mean, rstd)
+        gated_relu2.launch_backward(gated_relu2.launch_forward(x, None), x, None)
+        spans = gated_xattn.media_spans(torch.empty(1, 64, dtype=torch.int64, device="meta"), 2)
+        out = gated_xattn.forward(q, k, k, spans, None)
+        gated_xattn.backward(out, q, k, k, spans, None, chunks=2)
+        inputs = (k, features.expand(2, -1, -1, -1), features.expand(2, -1, -1, -1), k, k, None)
+        out, lse = perceiver_attn.launch_forward(*inputs, 0)
+        perceiver_attn.launch_backward(out, *inputs, out, lse, 0)
+    names = {launch.record.name for launch in device.launches}
+    assert {"combine_kernel", "sum_chunks", "media_spans", "xattn_forward", "xattn_backward"} <= names
+    assert guarded == len(device.launches) >= 12

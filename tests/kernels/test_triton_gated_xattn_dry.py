@@ -54,6 +54,13 @@ def test_widths_and_latents(width, arch, latents):
         gate(launch, f"K{width} R{latents}")
 
 
+@pytest.mark.parametrize("width", [80, 96, 128])
+def test_few_latents(width):
+    """17 to 32 of them: the tiles of 64 spilled 32 to 288 bytes."""
+    for launch in launches(90, 8, width, 32, torch.bfloat16)[1:]:
+        gate(launch, f"K{width} R32")
+
+
 def gate(launch: Launch, label: str) -> None:
     record, half = launch.record, launch.record.signature["q"] != "*fp32"
     assert max(launch.grid[1:]) <= 65535

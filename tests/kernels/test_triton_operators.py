@@ -123,8 +123,10 @@ def outcome(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Tensor,
     return *(out.detach() for out in results), *torch.autograd.grad(loss, leaves)
 
 
+DYNAMIC = torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
 WRAPS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "compiled": lambda function: torch.compile(function, fullgraph=True, backend="aot_eager"),
+    "compiled for any sizes": DYNAMIC,
     "recomputed": lambda function: lambda *x: checkpoint(function, *x, use_reentrant=False),
 }
 
@@ -136,3 +138,29 @@ def test_compiled_and_recomputed_it_is_the_same_bit_for_bit(name, wrap, device):
     got, want = outcome(WRAPS[wrap](function), inputs), outcome(function, inputs)
     for number, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b), f"result {number}"
+
+
+def test_forward_mode_is_refused_rather_than_zero(device):
+    """torch takes a custom operator without a forward-mode rule for one whose derivative is 0."""
+    u = torch.tensor([1.0, 2.0, -1.0], device=device)
+    for implementation in ("auto", "reference"):
+        function = partial(dispatch_fused.gated_relu2, implementation=implementation)
+        _, tangent = torch.func.jvp(function, (u,), (torch.ones_like(u),))
+        assert tangent.tolist() == [2.0, 4.0, 0.0]
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.jvp(partial(function, implementation="triton"), (u,), (torch.ones_like(u),))
+
+
+def test_a_gate_of_another_dtype_is_taken(device):
+    """Under autocast the queries are bf16 and the gate, a parameter, is not."""
+    q, k = (x.bfloat16() for x in randn(device, (1, 6, 1, 16), (1, 2, 4, 1, 16)))
+    index, gate = torch.tensor([[0, 1, 1, 2, 2, 2]], device=device), torch.tensor(0.5, device=device)
+    got, want = [], []
+    for results, implementation in ((got, "triton"), (want, "reference")):
+        leaf = gate.clone().requires_grad_()
+        out = dispatch.gated_xattn(q, k, k, index, leaf, implementation=implementation)
+        out.float().square().sum().backward()
+        results += [out.detach(), leaf.grad]
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

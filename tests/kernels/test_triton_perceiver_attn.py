@@ -7,6 +7,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.perceiver_attn import op, reference
 from kernels.perceiver_attn.op import choose_splits, perceiver_attn_op
+from kernels.perceiver_attn.tiles import forward_tiles
 from tests.kernels.close import assert_close
 from tests.kernels.interpreting import TOLERANCE, Mutant, assert_mutant_is_caught, in_both_orders
 
@@ -180,13 +181,30 @@ def test_a_dropped_partial_gradient_is_caught(monkeypatch):
 
 def test_what_the_kernel_does_not_take(device):
     wide = make((1, 4, 3, 1, 136), torch.float32, device, masked=False)
-    with pytest.raises(ValueError, match="heads of up to 128, not of 136"):
+    with pytest.raises(ValueError, match="heads of 1 to 128, not of 136"):
         triton(*wide)
     double = make((1, 4, 3, 1, 16), torch.float64, device, masked=False)
     with pytest.raises(ValueError, match="float64"):
         triton(*double)
+    mixed = make((1, 4, 3, 1, 16), torch.float32, device, masked=False)
+    mixed[1] = mixed[1].bfloat16()
+    with pytest.raises(ValueError, match="must share dtype and device, given .*bfloat16 on"):
+        triton(*mixed)
+    far = [torch.empty(1, rows, 1, 128, device="meta") for rows in (4, 2**24, 2**24, 4, 4)]
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements, not 2147483648"):
+        triton(*far)
     for inputs in (wide, double):
         torch.testing.assert_close(dispatch.perceiver_attn(*inputs), reference.perceiver_attn(*inputs))
+
+
+def test_features_that_32_bits_do_not_reach_are_copied():
+    """A row's place is its number times the stride, in 32 bits."""
+    shapes = [(1, rows, 1, 16) for rows in (4, 4, 4, 4, 4)]
+    inputs = [torch.empty(shape, device="meta") for shape in shapes]
+    inputs[1] = torch.empty_strided((1, 4, 1, 16), (2**32, 2**30, 16, 1), device="meta")
+    tiles = forward_tiles(4, 16, torch.bfloat16, 90)
+    launch = op._prepare(*inputs, None, tiles, 1)
+    assert [x.stride(1) for x in launch.inputs] == [16] * 5
 
 
 def test_keys_are_split_where_media_are_few_and_features_many():

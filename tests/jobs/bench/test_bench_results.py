@@ -79,9 +79,19 @@ def test_the_page_says_where_we_lose_and_who_was_refused():
     assert "7 shapes of the sweep were not reached" in text
     goals = text.split("## Goals")[1].split("##")[0]
     assert "| fwd: 80% of a copy | 9B train | 70% | no |" in goals
-    assert "| fwd+bwd: 1.5 times the best baseline | 9B train | 1.40 | no |" in goals
+    assert "| fwd+bwd: 1.5 times the best baseline† | 9B train | 1.40 | no |" in goals
     assert "NVIDIA Test" in text
     assert "None yet" not in text
+
+
+def test_what_no_compiled_baseline_was_timed_against_is_marked_and_not_decided():
+    layer = [row("triton", 1.0, level="layer"), row("reference", 1.5, level="layer")]
+    for extra, mark, met in (([], "†", "not decided: 1 without"), (["compiled reference"], "", "yes |")):
+        rows = [*layer, *(row(name, 1.4, level="layer") for name in extra)]
+        text = write_page(Results(environment=ABOUT, rows=rows))
+        assert [duel.mark for duel in duels(rows)] == [mark]
+        assert ("no baseline of torch.compile was timed" in text) == bool(mark)
+        assert met in text.split("| layer never slower |")[1].split("\n")[0]
 
 
 def test_the_committed_page_is_up_to_date():
@@ -122,6 +132,20 @@ def test_tests_that_failed_were_skipped_or_never_ran_are_red(tmp_path):
     assert red_ops(junit(tmp_path / "all.xml", dict.fromkeys(OPS, "passed"))) == {}
     with pytest.raises(ValueError, match="no such file"):
         red_ops(tmp_path / "missing.xml")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "red"),
+    [
+        ("test_triton_operators", "test_rules[gated_xattn-True]", {"gated_xattn"}),
+        ("test_triton_model", "test_whole_network", set(OPS)),
+    ],
+)
+def test_a_red_test_of_all_kernels_counts_for_those_it_names_or_for_all(where, name, red, tmp_path):
+    path = junit(tmp_path / "t.xml", dict.fromkeys(OPS, "passed"))
+    case = f'<testcase classname="tests.kernels.{where}" name="{name}"><failure/></testcase></testsuite>'
+    path.write_text(path.read_text().replace("</testsuite>", case))
+    assert set(red_ops(path)) == red
 
 
 @pytest.fixture

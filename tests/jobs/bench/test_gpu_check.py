@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,3 +86,28 @@ def test_the_shares_leave_the_benchmark_most_of_the_time(tmp_path):
     before = sum(stage.share for stage in planned.values() if stage.name != "kernels")
     assert 520 - before - 75 > 100
     assert "--tests" in planned["kernels"].command
+
+
+def test_the_benchmark_alone_needs_the_verdict_of_newer_tests(tmp_path, capsys):
+    only = [str(tmp_path), "--dry", "--only", "kernels"]
+    verdict = tmp_path / "tests.xml"
+    for age in (None, 0):
+        if age is not None:
+            verdict.write_text("<testsuites/>")
+            os.utime(verdict, (age, age))
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main(only)
+        assert ended.value.code == 2
+        assert "missing or older than kernels/" in capsys.readouterr().err
+    assert verdict.exists(), "only what a stage writes is removed"
+
+
+def test_half_a_verdict_is_none(tmp_path, monkeypatch):
+    slow = (
+        f"import pathlib, time; pathlib.Path({str(tmp_path / 'tests.xml')!r}).write_text('x'); time.sleep(60)"
+    )
+    half = gpu_check.Stage(name="tests", command=[sys.executable, "-c", slow], share=3.0)
+    monkeypatch.setattr(gpu_check, "stages", lambda *_, **__: [half])
+    assert gpu_check.main([str(tmp_path), "--dry"]) == 1
+    assert not (tmp_path / "tests.xml").exists()
+    assert (tmp_path / "tests-cut-off.xml").exists()
