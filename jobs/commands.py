@@ -23,6 +23,9 @@ class TrainArguments:
     """Address of a running Ray cluster, or "auto"; by default Ray is started on this machine for the run."""
     resume: str | None = None
     """Resume: "auto" (newest checkpoint, if any), "latest", a step, or the path of a checkpoint."""
+    allow_change: tuple[str, ...] = ()
+    """With --resume: settings that may differ from the checkpoint's, such as train.optimizer.lr or weights.NAME (a data
+    set's weight)."""
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
     verbose: bool = False
@@ -66,7 +69,12 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _run(given: TrainArguments) -> int:
-    launch = LaunchConfig(ray_address=given.ray_address, resume=given.resume, verbose=given.verbose)
+    launch = LaunchConfig(
+        ray_address=given.ray_address,
+        resume=given.resume,
+        allow_change=given.allow_change,
+        verbose=given.verbose,
+    )
     outcome = run(given.run, launch)
     folder = Path(given.run.runs_dir) / given.run.name
     if outcome.status == "stopped":

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from jobs.console import TrainingConsole
 from jobs.control import Control
 from jobs.errors import USER_ERRORS, RunFailedError
 from jobs.features import encode_features
+from jobs.frozen import frozen_contents
 from jobs.report import record_environment, write_report, write_summary
 from jobs.worker import WorkerTask, ray_train_entry
 
@@ -41,6 +42,8 @@ class LaunchConfig:
     """Address of a running Ray cluster, or "auto"; None starts Ray on this machine for the run."""
     resume: str | None = None
     """Checkpoint to resume from: "auto", "latest", a step, or a path; None starts afresh."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's, see `check_run`."""
     verbose: bool = False
     """Show the logs of all processes."""
 
@@ -137,22 +140,40 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
         RunFailedError: a training process failed for another reason.
     """
     launch = launch or LaunchConfig()
-    run_dir = prepare_run_folder(config, launch)
+    description = describe(config)
+    run_dir = prepare_run_folder(config, launch, description)
     phases = Phases(run_dir)
     with ray_cluster(config, launch):
         started = time.monotonic()
         with phases.timed("encode"):
             streamed = encode_features(config)
         with phases.timed("train"):
-            outcome = _train(config, streamed, launch, run_dir)
+            outcome = _train(config, streamed, launch, run_dir, description)
         phases.add("total", time.monotonic() - started)
     write_summary(run_dir)
     write_report(run_dir)
     return outcome
 
 
-def prepare_run_folder(config: RunConfig, launch: LaunchConfig) -> Path:
+def describe(config: RunConfig) -> dict[str, Any]:
+    """Return what a resumed run must share with the one it goes on with: settings, and what frozen weights hold.
+
+    Raises:
+        ValueError: published weights cannot be read.
+    """
+    try:
+        return {**config.identity(), "frozen": frozen_contents(config)}
+    except OSError as error:
+        raise ValueError(f"published weights cannot be read: {error}") from error
+
+
+def prepare_run_folder(config: RunConfig, launch: LaunchConfig, description: Mapping[str, Any]) -> Path:
     """Make the run folder with the resolved configuration and the environment.
+
+    Args:
+        config: the run.
+        launch: how it is started.
+        description: see `describe`.
 
     Raises:
         ValueError: the folder holds a run and `launch` does not resume it.
@@ -166,14 +187,16 @@ def prepare_run_folder(config: RunConfig, launch: LaunchConfig) -> Path:
     if launch.resume is not None:
         path = find_checkpoint(run_dir / "checkpoints", launch.resume)
         if path is not None:
-            check_run(read_manifest(path), config.identity())  # before any process starts
+            check_run(read_manifest(path), description, launch.allow_change)  # before any process starts
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     record_environment(run_dir, recipe=config.recipe, extra={"world_size": config.resources.workers})
     return run_dir
 
 
-def _train(config: RunConfig, streamed: RunConfig, launch: LaunchConfig, run_dir: Path) -> TrainOutcome:
+def _train(
+    config: RunConfig, streamed: RunConfig, launch: LaunchConfig, run_dir: Path, description: dict[str, Any]
+) -> TrainOutcome:
     """Start the data actors and the training processes, and show what they do until they end."""
     tensor = config.parallel.tensor
     data = config.resources.workers // tensor
@@ -194,6 +217,8 @@ def _train(config: RunConfig, streamed: RunConfig, launch: LaunchConfig, run_dir
         pictures={name: dataset.urls for name, dataset in config.data.held_out.items()},
         control=control,
         resume=launch.resume,
+        description=description,
+        allow_change=launch.allow_change,
     )
     try:
         return _fit(make_trainer(config, task, run_dir), control, config)

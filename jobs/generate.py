@@ -13,7 +13,7 @@ from flamingo_dist.inference.generate import GenerationConfig, generate
 from flamingo_dist.inference.prompt import prompt_of_texts
 from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config
 from flamingo_dist.models.flamingo import FlamingoConfig
-from flamingo_dist.parallel.topology import ParallelConfig, single_process
+from flamingo_dist.parallel.topology import ParallelConfig, single_process, world_device
 from flamingo_dist.training.build import build_model
 from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint
 from flamingo_dist.training.config import DTYPES
@@ -122,12 +122,13 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
         )
         if source.checkpoint is not None:
             load_trainable(model, source.checkpoint)
+        stacked = stacked.to(world_device())
         found = generate(
             model,
             [prompt.tokens] * len(images),
             [prompt.media_index] * len(images),
             stacked,
-            torch.ones(stacked.shape[:2], dtype=torch.bool),
+            torch.ones(stacked.shape[:2], dtype=torch.bool, device=stacked.device),
             settings,
         )
     return [(file, tokenizer.decode(text).strip()) for file, text in zip(arguments.image, found, strict=True)]

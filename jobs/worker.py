@@ -46,6 +46,10 @@ class WorkerTask:
     """Handle of the run's `Control` actor."""
     resume: str | None
     """Checkpoint to resume from, see `find_checkpoint`."""
+    description: Mapping[str, Any]
+    """What a checkpoint to resume must be of, see `jobs.driver.describe`."""
+    allow_change: tuple[str, ...] = ()
+    """Settings of it that may differ, see `check_run`."""
 
 
 class FeedSource:
@@ -147,10 +151,11 @@ def train_process(task: WorkerTask) -> TrainOutcome:
         config=config.train,
         topology=topology,
         checkpoints=run_dir / "checkpoints",
-        run=config.identity(),
+        run=task.description,
         gates=engine.module.gate_values,
         probe=held_out.probe if config.data.held_out else None,
         utilisation=utilisation.of_step,
+        may_change=task.allow_change,
     )
     outcome = loop.run(task.resume)
     if outcome.status == "finished" and config.captions.dataset:

@@ -1,7 +1,6 @@
 """From a configuration to a filled network inside a DeepSpeed engine."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,15 @@ def build_model(
         folder.check(model, config.lm.vocab_size)
         values = folder.values(values)
     storage = config.lm.weight_storage
-    # As soon as a matrix is filled: memory holds one layer in the run's dtype beside those in the storage.
-    to_storage = None if storage == "same" else partial(quantise_, storage=storage, device=world_device())
-    fill_parameters(model, values, to_storage)
+
+    def settle(module: nn.Module) -> None:
+        # As soon as a module is filled: host memory holds one layer beside what is on the device, or in the storage.
+        if storage != "same":
+            quantise_(module, storage=storage, device=world_device())
+        if parallel.frozen == "resident":
+            module._apply(lambda tensor: tensor.to(world_device()), recurse=False)
+
+    fill_parameters(model, values, settle)
     if parallel.frozen == "resident":
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)

@@ -6,9 +6,10 @@ stand the random states of every rank, and a manifest: step, layout, fingerprint
 of every file. A checkpoint is written in a hidden folder and renamed when complete.
 """
 
+import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flamingo_dist.training.checkpoint_folder import (
     FORMAT,
     STATE,
     CheckpointError,
+    await_checkpoint,
     begin,
     check_files,
     check_run,
@@ -132,21 +134,23 @@ class CheckpointWriter:
         final = step_folder(self.folder, manifest["step"])
         started = time.perf_counter()
         try:
-            _on_all_ranks(lambda: begin(final) if self.topology.rank == 0 else None, self._group)
-            files = _on_all_ranks(lambda: self._write_files(final, fragments, random), self._group)
+            on_all_ranks(lambda: begin(final) if self.topology.rank == 0 else None, self._group)
+            # By itself: a rank that fails here must not leave the others in the collectives of the tensors.
+            rank_file = state_file(partial_folder(final), self.topology.rank)
+            on_all_ranks(lambda: torch.save(random, rank_file), self._group)
+            files = on_all_ranks(lambda: self._write_files(final, fragments), self._group)
             manifest["files"] = {name: entry for part in files for name, entry in sorted(part.items())}
             manifest["write_seconds"] = time.perf_counter() - started
-            _on_all_ranks(
+            on_all_ranks(
                 lambda: complete(final, manifest, keep=self.keep) if self.topology.rank == 0 else None,
                 self._group,
             )
         except BaseException as error:  # CheckpointException is none of Exception; all are told by `wait`
             self._problem = f"saving {final} failed; the checkpoint before it stands: {error}"
 
-    def _write_files(self, final: Path, fragments: dict[str, Fragment], random: Any) -> dict[str, Any]:
-        """Write the tensors and this rank's random state; return size and checksum of this rank's share of files."""
+    def _write_files(self, final: Path, fragments: dict[str, Fragment]) -> dict[str, Any]:
+        """Write the tensors; return size and checksum of this rank's share of the files."""
         partial = partial_folder(final)
-        torch.save(random, state_file(partial, self.topology.rank))
         save(
             fragments,
             storage_writer=FileSystemWriter(partial / STATE),
@@ -173,6 +177,7 @@ def load_checkpoint(
     run: Mapping[str, Any],
     topology: Topology,
     check_data: Callable[[Mapping[str, Any]], None],
+    may_change: Iterable[str] = (),
 ) -> int:
     """Restore everything from the checkpoint at `path`, or refuse. The layout may be another than that of the save.
 
@@ -182,6 +187,7 @@ def load_checkpoint(
         run: the resuming run's description, to be equal to the saved one.
         topology: the resuming run's degrees.
         check_data: raises ValueError if the saved data positions do not fit this run's data.
+        may_change: settings that may differ, see `check_run`.
 
     Returns:
         The number of steps done.
@@ -192,15 +198,20 @@ def load_checkpoint(
     fragments = local_fragments(engine, topology)
     manifest: dict[str, Any] = {}
 
-    def check() -> None:
+    def check() -> str:
+        await_checkpoint(path)
         manifest.update(read_manifest(path))
-        check_run(manifest, run)
+        check_run(manifest, run, may_change)
         check_files(path, manifest, part=(topology.rank, topology.world))
         check_stored(path, {name: fragment.size() for name, fragment in fragments.items()})
         check_data(manifest["data"])
+        return json.dumps(manifest, sort_keys=True)
 
-    _on_all_ranks(check)
-    _on_all_ranks(lambda: read_fragments(path, fragments))
+    if len(set(on_all_ranks(check))) > 1:
+        raise CheckpointError(
+            f"{path}: ranks see different manifests there; they must share one file system."
+        )
+    on_all_ranks(lambda: read_fragments(path, fragments))
     publish(engine, manifest["updates"])
     engine.global_steps = manifest["step"]
     same = all(manifest["layout"][part] == layout(topology, engine)[part] for part in ("world", "tensor"))
@@ -208,7 +219,7 @@ def load_checkpoint(
     return int(manifest["step"])
 
 
-def _on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Run `work` on every rank and return all results, or fail on all if it fails on one, so that none waits.
 
     Raises:
@@ -218,7 +229,7 @@ def _on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None = Non
     problem: str | None = None
     try:
         result = work()
-    except (ValueError, OSError, KeyError, RuntimeError, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # the second is none of the first
         problem = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     answers: list[tuple[Any, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(answers, (result, problem), group=group)

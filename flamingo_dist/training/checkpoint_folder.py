@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ STATE = "state"
 """Folder of the tensors, as torch.distributed.checkpoint writes them."""
 FORMAT = 2
 """Version of what a checkpoint holds; 1 were DeepSpeed's own files, which only their layout could read."""
+CHANGEABLE = ("train.optimizer.", "weights.")
+"""Beginnings of the settings that a resume may change when it is told to, by their names below `run`."""
 
 
 class CheckpointError(ValueError):
@@ -60,6 +64,38 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     return path
 
 
+def await_checkpoint(path: Path, *, seconds: float = 60.0) -> None:
+    """Wait until a checkpoint that another rank has found is seen here: shared file systems keep listings for a while.
+
+    Raises:
+        CheckpointError: it is still not there after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not (path / MANIFEST).is_file():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path} is not seen here {seconds:.0f} s after the first rank found it; all ranks must share the "
+                "run's folder."
+            )
+        time.sleep(0.5)
+        if path.parent.exists():
+            os.listdir(path.parent)  # refreshes what a client of a shared file system keeps
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` steps, which a run that goes on from there abandons; return their new places.
+
+    Left where they are, they would be the newest: kept in the place of the run's own, and taken by `auto`.
+    """
+    moved = []
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            place = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            moved.append(path.rename(place))
+    return moved
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint at `path`.
 
@@ -78,20 +114,46 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_run(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def check_run(
+    manifest: Mapping[str, Any], run: Mapping[str, Any], may_change: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Compare a manifest with the run that wants to resume from it; the layout may be another.
 
+    Args:
+        manifest: the checkpoint's.
+        run: what the resuming run says of itself.
+        may_change: settings that may differ, such as "train.optimizer.lr"; a data set's weight is "weights.NAME".
+
+    Returns:
+        What differs and may, by its name: the checkpoint's value and this run's.
+
     Raises:
-        CheckpointError: listing every difference by its dotted name.
+        CheckpointError: listing every other difference by its dotted name; or a setting may never change.
     """
-    found, wanted = _flat(manifest["run"], "run"), _flat(run, "run")
-    differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if differing:
-        lines = [f"  {k}: checkpoint {found.get(k)!r}, this run {wanted.get(k)!r}" for k in differing]
+    allowed = set(may_change)
+    never = sorted(name for name in allowed if not name.startswith(CHANGEABLE))
+    if never:
         raise CheckpointError(
-            "the checkpoint is of another run; resume with the same settings or start a new run:\n"
+            f"--allow-change {' '.join(never)}: a resume may change settings that begin with "
+            f"{' or '.join(CHANGEABLE)} alone."
+        )
+    found, wanted = _flat(manifest["run"], "run"), _flat(run, "run")
+    # What frozen weights hold is told since a later version than some checkpoints are of.
+    names = (k for k in found.keys() | wanted.keys() if k in found or not k.startswith("run.frozen."))
+    pairs = {name.removeprefix("run."): (found.get(name), wanted.get(name)) for name in names}
+    differing = {name: (before, now) for name, (before, now) in pairs.items() if before != now}
+    lines = [
+        f"  run.{name}: checkpoint {before!r}, this run {now!r}"
+        for name, (before, now) in sorted(differing.items())
+        if name not in allowed
+    ]
+    if lines:
+        raise CheckpointError(
+            "the checkpoint is of another run; resume with the same settings, start a new run, or allow a change "
+            f"({' and '.join(f'{name}*' for name in CHANGEABLE)}) with --allow-change NAME:\n"
             + "\n".join(lines)
         )
+    return differing
 
 
 def check_files(path: Path, manifest: Mapping[str, Any], *, part: tuple[int, int] = (0, 1)) -> None:
@@ -145,9 +207,12 @@ def complete(final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
     partial.rename(final)
     _sync_folder(final.parent)
     for old in list_checkpoints(final.parent)[:-keep]:
-        # The manifest goes first: a half-deleted checkpoint is not a checkpoint.
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
+        try:
+            # The manifest goes first: a half-deleted checkpoint is not a checkpoint.
+            (old / MANIFEST).unlink()
+            shutil.rmtree(old)
+        except OSError as error:  # the new one is complete all the same
+            warnings.warn(f"the old checkpoint {old} cannot be deleted: {error}", stacklevel=2)
 
 
 def _sha256(file: Path) -> str:

@@ -1,7 +1,7 @@
 """The training loop: batches in, steps, checkpoints, probes and one metrics record a step out."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,8 +11,8 @@ from torch import Tensor
 from flamingo_dist.models.ranges import part
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.batch import TrainBatch
-from flamingo_dist.training.checkpoint import CheckpointWriter, load_checkpoint
-from flamingo_dist.training.checkpoint_folder import find_checkpoint
+from flamingo_dist.training.checkpoint import CheckpointWriter, load_checkpoint, on_all_ranks
+from flamingo_dist.training.checkpoint_folder import find_checkpoint, set_aside_newer
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.step import StepResult, TrainStep
 
@@ -82,6 +82,7 @@ class TrainLoop:
         probe: Callable[[], Record] | None = None,
         utilisation: Callable[[Mapping[str, int], Mapping[str, int], float], Mapping[str, float]]
         | None = None,
+        may_change: Sequence[str] = (),
     ) -> None:
         """Prepare.
 
@@ -97,15 +98,20 @@ class TrainLoop:
             probe: runs the grounding probe on all ranks together and returns its record.
             utilisation: gives shares of the machine's peak, to be recorded, from a step's loss tokens and media by
                 data set and its seconds.
+            may_change: settings of `run` that a resume may find changed, see `check_run`.
         """
         self.step, self.source, self.observer = step, source, observer
         self.config, self.topology = config, topology
         self.checkpoints, self.run_description = checkpoints, run
         self.gates, self.probe, self.utilisation = gates, probe, utilisation
+        self.may_change = may_change
         self.writer = CheckpointWriter(checkpoints, topology, keep=config.keep_checkpoints)
 
     def resume(self, wanted: str | None) -> int | None:
-        """Restore the checkpoint that `wanted` names ("auto", "latest", a step or a path).
+        """Restore the checkpoint that `wanted` names ("auto", "latest", a step or a path), on all ranks together.
+
+        The first rank chooses: others may see an older listing of a shared folder. Newer checkpoints of the run are
+        set aside, so that what is trained from here on is the run.
 
         Returns:
             Steps done, or None where the run starts afresh.
@@ -113,14 +119,21 @@ class TrainLoop:
         Raises:
             CheckpointError: see `load_checkpoint`; on all ranks.
         """
-        path = find_checkpoint(self.checkpoints, wanted) if wanted is not None else None
+        if wanted is None:
+            return None
+        first = self.topology.rank == 0
+        path = on_all_ranks(lambda: find_checkpoint(self.checkpoints, wanted) if first else None)[0]
         if path is None:
             return None
 
         def check_data(saved: Mapping[str, Any]) -> None:
             self.source.check_state(saved)
 
-        return load_checkpoint(self.step.engine, path, self.run_description, self.topology, check_data)
+        step = load_checkpoint(
+            self.step.engine, path, self.run_description, self.topology, check_data, self.may_change
+        )
+        on_all_ranks(lambda: set_aside_newer(self.checkpoints, step) if first else None)
+        return step
 
     def run(self, resume: str | None = None) -> TrainOutcome:
         """Train to the last step, or until a stop is requested.

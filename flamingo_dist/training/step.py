@@ -221,7 +221,8 @@ class TrainStep:
             raise TrainingDivergedError(
                 f"{self.bad_in_a_row} steps in a row, up to step {step}, had a non-finite loss or gradient "
                 f"(train.max_bad_steps={self.config.max_bad_steps}). Resume from an earlier checkpoint with a lower "
-                "train.optimizer.lr, or look at the data of these steps."
+                "rate (--resume STEP --allow-change train.optimizer.lr --train.optimizer.lr RATE), or look at the data "
+                "of these steps."
             )
 
 

@@ -1,5 +1,6 @@
 """Reading the tensors of a checkpoint: any part of them, in one process, without the others."""
 
+import pickle
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,15 +10,63 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from flamingo_dist.models.init import ParamTag
 from flamingo_dist.models.linear import tp_size
 from flamingo_dist.models.stored_shapes import complaint, differences
 from flamingo_dist.parallel.topology import MegatronMPU
-from flamingo_dist.training.checkpoint_folder import STATE, CheckpointError, read_manifest
+from flamingo_dist.training.checkpoint_folder import STATE, CheckpointError, check_files, read_manifest
 from flamingo_dist.training.fragments import Fragment, LoadFragments, Slice
 from flamingo_dist.training.optimizer_state import WEIGHT, place_of, stored_name, trainable
+
+_DESCRIBING = {
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}
+"""What a description of tensors is made of, by module."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes descriptions of tensors alone: a checkpoint may come from anywhere, and a pickle calls what it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of torch's descriptions.
+
+        Raises:
+            pickle.UnpicklingError: the pickle names anything else.
+        """
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _DESCRIBING.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, whose description of the tensors is read without running what it holds."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the description of a checkpoint's tensors."""
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 def stored_shapes(path: Path) -> dict[str, torch.Size]:
@@ -27,7 +76,7 @@ def stored_shapes(path: Path) -> dict[str, torch.Size]:
         CheckpointError: there is no readable list of them.
     """
     try:
-        listed: Mapping[str, Any] = FileSystemReader(path / STATE).read_metadata().state_dict_metadata
+        listed: Mapping[str, Any] = _Reader(path / STATE).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(f"{path}: {STATE}/.metadata cannot be read ({error}).") from error
     return {name: entry.size for name, entry in listed.items()}
@@ -63,7 +112,7 @@ def read_fragments(path: Path, fragments: dict[str, Fragment]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(
                 chosen,
-                storage_reader=FileSystemReader(path / STATE),
+                storage_reader=_Reader(path / STATE),
                 planner=LoadFragments(),
                 no_dist=True,
             )
@@ -78,9 +127,9 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     Any tensor-parallel layout may read, whatever layout wrote: each rank reads its slice.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its tensors are not the model's.
+        CheckpointError: there is no checkpoint, a file of it is damaged, or its tensors are not the model's.
     """
-    read_manifest(checkpoint)
+    check_files(checkpoint, read_manifest(checkpoint))
     fragments = {}
     for name, param in trainable(model).items():
         tp_rank = MegatronMPU().get_model_parallel_rank() if tp_size() > 1 else 0

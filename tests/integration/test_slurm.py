@@ -78,7 +78,8 @@ def test_exit_code_of_the_driver_is_the_job_s(slurm: SlurmCluster, tmp_path: Pat
 
 
 def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), **STAND_IN)
+    """A checkpoint that the arguments name is for the first start alone."""
+    job, output = submit(slurm, tmp_path, "until-saved", str(tmp_path), "--resume", "80", **STAND_IN)
     wait_for_file(tmp_path / "working", 120, slurm, job, output)
     interrupt(slurm, job, signal.SIGUSR1)
     result = slurm.wait(job, output)
@@ -86,6 +87,10 @@ def test_time_limit_saves_requeues_and_resumes(slurm: SlurmCluster, tmp_path: Pa
     assert (tmp_path / "state").read_text() == "n1 and n2"
     assert (tmp_path / "finished").exists()
     assert "resumed from n1 and n2" in result.output, result.output
+    first, second = [line for line in result.output.splitlines() if "running: " in line]
+    assert "--resume 80 --ray-address" in first
+    assert "--resume auto" not in first
+    assert second.endswith("--resume auto")
 
 
 def test_asked_to_end_it_saves_and_does_not_requeue(slurm: SlurmCluster, tmp_path: Path) -> None:

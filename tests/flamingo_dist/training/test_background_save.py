@@ -1,7 +1,9 @@
 """Checkpoints are written while training goes on; whatever happens meanwhile, the one before stands."""
 
+import shutil
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from flamingo_dist.training import checkpoint
 from flamingo_dist.training.checkpoint import CheckpointWriter
 from flamingo_dist.training.checkpoint_folder import (
     CheckpointError,
+    begin,
     check_files,
+    complete,
     list_checkpoints,
     read_manifest,
+    step_folder,
 )
 from flamingo_dist.training.stored_state import read_whole
 from tests import tiny
@@ -71,6 +76,25 @@ def failing_write(topology: Topology, folder: str) -> dict:
     return {"told": str(told.value), "there": there}
 
 
+def failing_random_state(topology: Topology, folder: str) -> str:
+    """One rank's disk is full before the collectives of the tensors begin."""
+    step, writer = trained(topology, folder)
+    real = torch.save
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        if topology.rank == 1 and "rng-" in str(args[1]):
+            raise OSError(28, "No space left on device")
+        real(*args, **kwargs)
+
+    with patch.object(torch, "save", full_disk):
+        writer.save(step.engine, 1, DESCRIPTION)
+        with pytest.raises(CheckpointError) as told:
+            writer.wait()
+    writer.save(step.engine, 2, DESCRIPTION)
+    writer.wait()
+    return str(told.value)
+
+
 def dies_while_writing(topology: Topology, folder: str) -> None:
     """Return, and be killed, when the tensors of the second checkpoint are written but it is not complete."""
     step, writer = trained(topology, folder)
@@ -107,6 +131,29 @@ def test_a_failed_write_is_an_error_on_all_ranks_and_the_checkpoint_before_stand
         assert result["there"] == ["step-00000001"]
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_rank_that_fails_before_the_tensors_leaves_none_waiting(ranks, tmp_path):
+    for told in ranks.run(failing_random_state, str(tmp_path), world=2):
+        assert "No space left on device" in told
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_new_one(tmp_path):
+    first, second = (step_folder(tmp_path, step) for step in (1, 2))
+    begin(first)
+    complete(first, {}, keep=1)
+    begin(second)
+    real = shutil.rmtree
+
+    def busy(path: Path, **kwargs: bool) -> None:
+        if path == first:
+            raise OSError("busy")
+        real(path, **kwargs)
+
+    with patch.object(shutil, "rmtree", busy), pytest.warns(UserWarning, match="cannot be deleted: busy"):
+        complete(second, {}, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_a_death_while_writing_leaves_the_checkpoint_before(ranks, tmp_path):

@@ -1,20 +1,31 @@
 """Contract 6: resume is all or error."""
 
 import json
+import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
+from flamingo_dist.training import loop as loop_module
 from flamingo_dist.training.build import build_model
-from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint, list_checkpoints
+from flamingo_dist.training.checkpoint_folder import (
+    CheckpointError,
+    await_checkpoint,
+    check_run,
+    find_checkpoint,
+    list_checkpoints,
+    read_manifest,
+)
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.loop import TrainLoop
-from flamingo_dist.training.stored_state import load_trainable
+from flamingo_dist.training.stored_state import load_trainable, stored_shapes
 from tests import tiny
 
 pytestmark = pytest.mark.distributed
@@ -205,6 +216,30 @@ def test_what_does_not_match_is_refused_and_named(ranks, checkpoint):
         assert told == "accepted"
 
 
+def test_a_setting_that_may_change_changes_and_no_other(checkpoint):
+    manifest = read_manifest(checkpoint / "step-00000004")
+    run = {"weights": {"docs": 1.0}, "train": {"optimizer": {"lr": 0.1}, "seed": 0}, "frozen": {"lm": "abc"}}
+    manifest["run"] = {**run, "frozen": {}}
+    lower = {**run, "train": {"optimizer": {"lr": 0.05}, "seed": 0}}
+    assert check_run(manifest, run) == {}, "a checkpoint from before weights were told"
+    with pytest.raises(
+        CheckpointError, match=r"--allow-change NAME:\n  run.train.optimizer.lr: checkpoint 0.1, this"
+    ):
+        check_run(manifest, lower)
+    assert check_run(manifest, lower, ["train.optimizer.lr"]) == {"train.optimizer.lr": (0.1, 0.05)}
+    with pytest.raises(CheckpointError, match="run.train.seed: checkpoint 0, this run 1"):
+        check_run(
+            manifest, {**lower, "train": {"optimizer": {"lr": 0.05}, "seed": 1}}, ["train.optimizer.lr"]
+        )
+    with pytest.raises(
+        CheckpointError, match=r"--allow-change train.seed: .* train.optimizer. or weights. alone"
+    ):
+        check_run(manifest, run, ["train.seed"])
+    manifest["run"] = run
+    with pytest.raises(CheckpointError, match="run.frozen.lm: checkpoint 'abc', this run 'random'"):
+        check_run(manifest, {**run, "frozen": {"lm": "random"}})
+
+
 def test_a_torn_checkpoint_is_not_one(checkpoint, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
@@ -255,3 +290,63 @@ def test_trainable_weights_load_on_another_layout(ranks, tmp_path):
         )
         with pytest.raises(ValueError, match=r"missing \['weight/gated.1"):
             load_trainable(other, tmp_path / "step-00000002")
+
+
+def resumed_with_a_stale_listing(topology: Topology, folder: str) -> int | None:
+    """The second rank's client of a shared file system has not seen the newest checkpoint yet."""
+    resuming = loop(topology, folder, ParallelConfig(zero_stage=3), settings())
+
+    def stale(path: Path, wanted: str) -> Path | None:
+        return find_checkpoint(path, wanted) if topology.rank == 0 else None
+
+    with patch.object(loop_module, "find_checkpoint", stale):
+        return resuming.resume("auto")
+
+
+def test_the_first_rank_chooses_the_checkpoint_for_all(ranks, checkpoint):
+    assert ranks.run(resumed_with_a_stale_listing, str(checkpoint), world=2) == [4, 4]
+
+
+def test_a_checkpoint_that_another_rank_has_found_is_awaited(tmp_path):
+    with pytest.raises(CheckpointError, match="not seen here 0 s after the first rank found it"):
+        await_checkpoint(tmp_path / "step-00000002", seconds=0)
+
+
+def rolled_back(topology: Topology, folder: str) -> tuple[int | None, list[str]]:
+    parallel = ParallelConfig(zero_stage=3)
+    again = loop(topology, folder, parallel, settings(3, 1))
+    outcome = again.run("2")
+    assert outcome.resumed_from == 2
+    return loop(topology, folder, parallel, settings(3, 1)).resume("auto"), [
+        p.name for p in list_checkpoints(Path(folder))
+    ]
+
+
+def test_a_run_that_goes_back_abandons_what_came_after(ranks, checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    for step, names in ranks.run(rolled_back, str(folder), world=2):
+        assert (step, names) == (3, ["step-00000002", "step-00000003"])
+    assert read_manifest(folder / "abandoned-step-00000004")["step"] == 4, "it can be put back by hand"
+
+
+def test_a_description_that_names_a_function_is_not_run(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint / "step-00000004", folder)
+    sign = tmp_path / "run"
+    (folder / "state" / ".metadata").write_bytes(pickle.dumps(Touch(str(sign))))
+    with pytest.raises(
+        CheckpointError, match=r"it names pathlib.*, which describes no tensor|it names posix"
+    ):
+        stored_shapes(folder)
+    assert not sign.exists()
+
+
+class Touch:
+    """Pickled, a call that makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
