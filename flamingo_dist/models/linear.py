@@ -87,7 +87,10 @@ class ColumnLinear(ColumnParallelLinear):
             x = input_ if self.disable_grad_reduce else sum_grad_over_tp(input_)
             bias = None if self.skip_bias_add else self.bias
             return F.linear(x, self.weight, bias), self.bias if self.skip_bias_add else None
-        if self.output_size_per_partition != self.output_size or args or kwargs:
+        cut = self.output_size_per_partition != self.output_size
+        if cut and not self.weight.requires_grad:
+            return _with_bias(self, linear(input_, self.weight, sum_grad=not self.disable_grad_reduce))
+        if cut or args or kwargs:
             output, skipped = super().forward(_three_axes(input_), *args, **kwargs)
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
@@ -114,7 +117,10 @@ class RowLinear(RowParallelLinear):
             return _with_bias(self, sum_over_tp(self.quantised(input_)))
         if torch.compiler.is_compiling():
             return _with_bias(self, sum_over_tp(F.linear(input_, self.weight)))
-        if self.input_size_per_partition != self.input_size:
+        cut = self.input_size_per_partition != self.input_size
+        if cut and not self.weight.requires_grad:
+            return _with_bias(self, sum_over_tp(linear(input_, self.weight)))
+        if cut:
             output, skipped = super().forward(_three_axes(input_))
             return output.view(*input_.shape[:-1], output.shape[-1]), skipped
         bias = None if self.skip_bias_add else self.bias
@@ -149,16 +155,23 @@ def _three_axes(x: Tensor) -> Tensor:
     return x.reshape(-1, 1, x.shape[-1]) if x.dim() > 3 else x
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, sum_grad: bool = False) -> Tensor:
     """Map x [..., in] by weight [out, in] and bias [out] to shape [..., out]; autograd keeps no view of the weight.
 
     `F.linear` keeps a view of the weight, which holds the memory that ZeRO-3 gathered into after ZeRO-3 has let it go:
     without recomputation all weights of the network stood there at the end of the forward. This keeps the parameter,
     whose values are back when its backward runs.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], a parameter or a buffer.
+        bias: [out] or None.
+        sum_grad: sum the gradient of x over the tensor-parallel group, in its place.
     """
-    if not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    kept = isinstance(weight, nn.Parameter) or sum_grad
+    if not kept or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    product: Tensor = _Linear.apply(x, weight, bias)
+    product: Tensor = _Linear.apply(x, weight, bias, sum_grad)
     return product
 
 
@@ -308,11 +321,16 @@ class _EmptyLinear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` of a parameter."""
+    """`linear` where autograd keeps the weight.
+
+    Frozen weights under tensor parallelism come here instead of to megatron-core's function of this kind, which makes
+    its weight a saved tensor: each block's recomputation then ran its last product for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sum_grad: bool) -> Tensor:
         """Return [..., out]."""
+        ctx.sum_grad = sum_grad
         rows = x.reshape(-1, x.shape[-1])
         # A frozen weight is no saved tensor: recomputation, which runs until it has the last of those, need not run the
         # last product of a block for it.
@@ -322,16 +340,20 @@ class _Linear(torch.autograd.Function):
         return product.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Return the gradients of x [..., in], of the weight [out, in] and of the bias [out], where they are wanted."""
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         saved = ctx.saved_tensors  # read once: recomputation gives them once
         weight = saved[1] if of_weight else ctx.frozen
         grad = grads[0].reshape(-1, weight.shape[0])
+        dx = grad.mm(weight).view(ctx.shape) if of_x else None
+        if dx is not None and ctx.sum_grad:
+            torch.distributed.all_reduce(dx, group=parallel_state.get_tensor_model_parallel_group())
         return (
-            grad.mm(weight).view(ctx.shape) if of_x else None,
+            dx,
             grad.t().mm(saved[0]) if of_weight else None,
             grad.sum(0) if of_bias else None,
+            None,
         )
 
 

@@ -20,24 +20,29 @@ PRODUCTS = ("mm", "addmm", "bmm", "convolution", "convolution_backward")
 def counted(config, *, checkpointing):
     """Return the counter's operations by operator: of the forward and of the whole step."""
     with single_process():
-        model = Flamingo(config, dtype=torch.float32, activation_checkpointing=checkpointing)
-        with torch.no_grad():
-            for param in model.parameters():
-                param.fill_(0.01)
-        tokens = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
-        size = config.vision.image_size
-        media = torch.zeros(ROWS, MEDIA, FRAMES, 3, size, size, dtype=torch.uint8)
-        with FlopCounterMode(display=False) as counter:
-            out = model(
-                tokens,
-                torch.ones_like(tokens),
-                media,
-                torch.ones(ROWS, MEDIA, dtype=torch.bool),
-                targets_BT=tokens,
-            )
-            forward = by_operator(counter)
-            out.nll_BT.sum().backward()
-        return forward, by_operator(counter)
+        return counted_in_groups(config, checkpointing)
+
+
+def counted_in_groups(config, checkpointing):
+    """`counted` where Megatron's groups are initialised, on this rank."""
+    model = Flamingo(config, dtype=torch.float32, activation_checkpointing=checkpointing)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.01)
+    tokens = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    size = config.vision.image_size
+    media = torch.zeros(ROWS, MEDIA, FRAMES, 3, size, size, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        out = model(
+            tokens,
+            torch.ones_like(tokens),
+            media,
+            torch.ones(ROWS, MEDIA, dtype=torch.bool),
+            targets_BT=tokens,
+        )
+        forward = by_operator(counter)
+        out.nll_BT.sum().backward()
+    return forward, by_operator(counter)
 
 
 def by_operator(counter):
@@ -132,3 +137,17 @@ def test_a_frozen_backward_has_no_weight_gradients():
 def test_stored_features_need_no_encoder():
     data = DatasetShape(name="d", rows=1, tokens=TOKENS, media=1, frames=1, pixels=False)
     assert dataset_flops(network(), data, checkpointing=True)["vision"].forward == 0
+
+
+def recomputed(topology):
+    """Operations that checkpointing adds on this rank."""
+    plain, again = (counted_in_groups(network(), checkpointing)[1] for checkpointing in (False, True))
+    return linear(again) - linear(plain)
+
+
+@pytest.mark.distributed
+def test_recomputation_under_tensor_parallelism_leaves_out_each_blocks_last_product_too(ranks):
+    data = DatasetShape(name="d", rows=ROWS, tokens=TOKENS, media=MEDIA, frames=FRAMES)
+    parts = dataset_flops(network(), data, checkpointing=True)
+    expected = sum(p.recomputed * (p.linear - p.skipped) for p in parts.values())
+    assert sum(ranks.run(recomputed, world=2, tensor=2)) == expected
