@@ -337,7 +337,7 @@ class _Linear(torch.autograd.Function):
         ctx.shape, ctx.frozen = x.shape, None if weight.requires_grad else weight
         ctx.save_for_backward(*((rows, weight) if weight.requires_grad else ()))
         product = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], weight.shape[0])  # there may be no row
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
