@@ -78,10 +78,10 @@ def gathered_bytes(work: Workload, *, tp: int, dp: int, residency: Residency) ->
 def lm_block_bytes(work: Workload, tokens: int, length: int, tp: int) -> float:
     """Return what a frozen block keeps of `tokens` tokens: no input of a linear layer, as no weight is trained.
 
-    Two norms' inputs, queries, keys, values and result of attention, and the inputs of the activation. Queries and keys
-    a second time where they are normalised (a third time over all heads, which are laid side by side for it), and where
-    they are rotated: the values, in one piece with them, hold them as they were. With relative positions the queries a second time and a bias for each pair of the `length` tokens
-    of a row.
+    Two norms' inputs, queries, keys, values and result of attention, and the inputs of the activation. Queries and
+    keys a second time where they are normalised (a third time over all heads, which are laid side by side for it), and
+    where they are rotated: the values, in one piece with them, hold them as they were. With relative positions the
+    queries a second time and a bias for each pair of the `length` tokens of a row.
     """
     lm = work.model.lm
     hidden = lm.ffn_width * (2 if lm.gated else 1)

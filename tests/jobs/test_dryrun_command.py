@@ -7,7 +7,9 @@ import pytest
 from flamingo_dist.cli import main
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.planning import agreement
+from jobs.recipes import RECIPES
 
+PUBLIC = [name for name in RECIPES if name.startswith(("llama", "qwen", "mpt", "opt", "gpt2"))]
 pytestmark = pytest.mark.distributed  # seconds of a whole core, and torch.distributed's state
 
 
@@ -58,6 +60,13 @@ def test_the_large_recipes_agree_with_the_planner_at_full_size(capsys, recipe, w
     for kind in ("vision", "frozen", "trainable", "gradients", "optimizer", "reduce_buckets", "activations"):
         assert abs(kinds[kind]["off"]) <= 0.1, kind
     assert all(abs(pair["off"]) <= 0.1 for pair in said["planner"]["traffic"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PUBLIC)
+def test_recipes_of_public_language_models_agree_with_the_planner(capsys, recipe):
+    assert main(["dryrun", recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["disagreements"] == []
 
 
 def test_overrides_and_a_planner_that_is_off(capsys, monkeypatch):
