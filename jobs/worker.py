@@ -136,6 +136,7 @@ def train_process(task: WorkerTask) -> TrainOutcome:
         topology,
         {name: dataset.weight_at for name, dataset in config.data.train.items()},
         plain_optimizer=is_plain(config.parallel, config.train.torch_dtype),
+        micro_rows=config.parallel.micro_rows,
     )
     run_dir = Path(task.run_dir)
     held_out = HeldOut(engine, config, topology, device, PictureBook(task.pictures))

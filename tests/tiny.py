@@ -99,4 +99,4 @@ def make_step(
     train = train or train_config()
     engine = build_engine(config or network(), train, parallel, topology)
     plain = is_plain(parallel, train.torch_dtype)
-    return TrainStep(engine, train, topology, WEIGHTS, plain_optimizer=plain)
+    return TrainStep(engine, train, topology, WEIGHTS, plain_optimizer=plain, micro_rows=parallel.micro_rows)

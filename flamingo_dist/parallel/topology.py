@@ -27,6 +27,10 @@ class ParallelConfig:
     activation_checkpointing: Recompute = False
     """Recompute each LM block with its gated block in the backward pass instead of keeping activations. "selective":
     keep the results of the gated blocks' matrix products and attention, recompute the rest."""
+    micro_rows: int = 0
+    """Most rows of a data set that a rank sends through the network at once; more go through in parts, with a forward
+    and a backward each and one update for all. Activations are those of one part; ZeRO-3 gathers weights for each. 0:
+    all rows at once."""
     split_vision: bool = False
     """Encode a share of the frames on each tensor-parallel rank and gather the features, instead of encoding all of
     them on every one."""
@@ -38,6 +42,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Reject combinations that mean nothing."""
+        if self.micro_rows < 0:
+            raise ValueError(
+                f"parallel.micro_rows is {self.micro_rows}, but must be at least 1, or 0 for all rows."
+            )
         if self.tensor < 1:
             raise ValueError(f"parallel.tensor is {self.tensor}, but must be at least 1.")
         if self.frozen == "partitioned" and self.zero_stage != 3:

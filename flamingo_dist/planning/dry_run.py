@@ -98,7 +98,9 @@ def follow(
     plain = is_plain(work.parallel, train.torch_dtype)
 
     def steps(names: Iterable[str]) -> TrainStep:
-        return TrainStep(engine, train, topology, dict.fromkeys(names, 1.0), plain_optimizer=plain)
+        weights = dict.fromkeys(names, 1.0)
+        micro_rows = work.parallel.micro_rows
+        return TrainStep(engine, train, topology, weights, plain_optimizer=plain, micro_rows=micro_rows)
 
     steps(list(batches)[-1:]).run(0, batches)
     claim(ledger, engine)
@@ -136,9 +138,8 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
     dp = topology.data
     work = replace(work, model=replace(work.model, lm=replace(work.model.lm, weights=None)))
     work = replace(work, parallel=replace(work.parallel, compile_frozen=False))
-    rows = {data.name: data.rows // dp for data in work.datasets}
     selected: dict[tuple[int, ...], int] = {
-        (rows[d.name], d.tokens): rows[d.name] * (d.tokens - 1) for d in work.datasets
+        (rows, d.tokens): rows * (d.tokens - 1) for d in work.datasets for rows in work.parts(d, dp)
     }
     with fake_rank(topology, selected, like_gpu=like_gpu), Ledger() as ledger:
         batches = {data.name: local_batch(data, work, dp) for data in work.datasets}

@@ -144,7 +144,7 @@ def vision_bytes(work: Workload, frames: int, tp: int) -> float:
 
 
 def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -> dict[str, float]:
-    """Return the activation bytes of one data set's forward and backward on one rank.
+    """Return the activation bytes of one data set's largest forward and backward on one rank.
 
     `kept` stands from the forward to the backward. `vision`, `logits` and `block` (the working set of the block that
     the backward is in) follow one another; while the encoder runs, there is nothing kept yet.
@@ -156,8 +156,8 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
         dp: data-parallel degree.
     """
     model, size = work.model, work.bytes_per_value
-    tokens, media = data.rows * data.tokens / dp, data.rows * data.media / dp
-    n_tokens, n_media = int(tokens), max(1, int(media))
+    rows = max(work.parts(data, dp), default=0)
+    n_tokens, n_media = rows * data.tokens, max(1, rows * data.media)
     lm = lm_block_bytes(work, n_tokens, data.tokens, tp)
     gated = gated_block_bytes(work, n_tokens, n_media, tp)
     stream = float(n_tokens * model.lm.width * size)

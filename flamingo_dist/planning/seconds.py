@@ -62,7 +62,9 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
     seconds["elementwise"] = assumed.activation_passes * kept / bandwidth
     if work.model.lm.weight_storage != "same":
         # Codes are read and written in the run's dtype, by each forward, recomputation and backward.
-        passes = len(work.datasets) * (3 if work.parallel.activation_checkpointing else 2)
+        passes = sum(len(work.parts(data, dp)) for data in work.datasets) * (
+            3 if work.parallel.activation_checkpointing else 2
+        )
         matrices = count_parameters(work.model, tp).lm_matrices
         seconds["dequantise"] = passes * matrices * (1 + work.bytes_per_value) / bandwidth
     state = count_parameters(work.model, tp).trainable * 16 / (dp if work.parallel.zero_stage >= 1 else 1)

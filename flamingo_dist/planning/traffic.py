@@ -42,14 +42,14 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     resampler_gate = 1 if model.resampler.activation == "silu_gated" else 0
     latent_sums = depth * (4 + resampler_gate)
     payload = streams * stream + latent_sums * latents + gated * handed_on + feature_sums * features
-    return payload, streams + latent_sums + gated + feature_sums
+    return payload, (streams + latent_sums + gated + feature_sums) * len(work.parts(data, dp))
 
 
 def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> dict[str, Traffic]:
     """Return a step's traffic by kind.
 
-    Every data set has its own forward and backward: ZeRO-3 gathers weights for each (`planning.gathers`), and ZeRO 2
-    and 3 reduce gradients, in fp32, for each.
+    Every data set, and every part of its rows, has its own forward and backward: ZeRO-3 gathers weights for each
+    (`planning.gathers`), and ZeRO 2 and 3 reduce gradients, in fp32, for each.
 
     Args:
         work: the run.
@@ -58,7 +58,7 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
         residency: where frozen weights live; resident ones move no byte.
     """
     counts, size, stage = count_parameters(work.model, tp), work.bytes_per_value, work.parallel.zero_stage
-    sets, share = len(work.datasets), (dp - 1) / dp
+    sets, share = sum(len(work.parts(data, dp)) for data in work.datasets), (dp - 1) / dp
     kinds: dict[str, Traffic] = {}
     if tp > 1:
         pairs = [_tensor(work, data, tp, dp) for data in work.datasets]
@@ -70,7 +70,9 @@ def step_traffic(work: Workload, *, tp: int, dp: int, residency: Residency) -> d
             pixels = [data for data in work.datasets if data.pixels]
             features = sum(feature_bytes(work, data.rows * data.media * data.frames / dp) for data in pixels)
             kinds["tensor_gather"] = Traffic(
-                group="tensor", wire_bytes=(tp - 1) / tp * features, calls=len(pixels)
+                group="tensor",
+                wire_bytes=(tp - 1) / tp * features,
+                calls=sum(len(work.parts(data, dp)) for data in pixels),
             )
     if dp == 1:
         return kinds

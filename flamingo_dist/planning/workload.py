@@ -39,6 +39,12 @@ class Workload:
     bytes_per_value: int = 2
     """2 for bf16, 4 for fp32."""
 
+    def parts(self, data: DatasetShape, dp: int) -> list[int]:
+        """Return the rows of each forward and backward of a data set's batch on one of `dp` data-parallel ranks."""
+        rows = data.rows // dp
+        most = self.parallel.micro_rows or max(1, rows)
+        return [min(most, rows - start) for start in range(0, rows, most)]
+
     def tokens_per_step(self) -> int:
         """Return the text tokens of a step over all ranks, padding included."""
         return sum(d.rows * d.tokens for d in self.datasets)

@@ -34,6 +34,22 @@ class TrainBatch:
         wanted[:, -1] = False
         return targets.masked_fill(~wanted, IGNORE)
 
+    def split(self, rows: int) -> list["TrainBatch"]:
+        """Return the batch in parts of at most `rows` rows, [rows, ...] each, in order; whole where `rows` is 0.
+
+        Every rank has as many rows and so as many parts, whatever they hold.
+        """
+        if not 0 < rows < len(self.tokens_BT):
+            return [self]
+        parts = {
+            name: [None] * -(-len(self.tokens_BT) // rows) if value is None else value.split(rows)
+            for name, value in vars(self).items()
+        }
+        return [
+            replace(self, **dict(zip(parts, values, strict=True)))
+            for values in zip(*parts.values(), strict=True)
+        ]
+
     def num_sequences(self) -> int:
         """Return how many sequences there are, empty ones included."""
         return self.media_mask_BM.shape[0] if self.segments_BT is None else self.media_mask_BM.numel()

@@ -1,8 +1,8 @@
 """One optimizer step over several data sets.
 
-One backward per data set, weighted by lambda, one clip, one update: equal to the gradient of the summed loss in
-every ZeRO stage. Stages 1 and 2 of DeepSpeed drop all gradients but the last unless told which backward closes
-the step, so the boundary is set by hand.
+One backward per data set, or per part of its rows, weighted by lambda, one clip, one update: equal to the gradient
+of the summed loss in every ZeRO stage. Stages 1 and 2 of DeepSpeed drop all gradients but the last unless told which
+backward closes the step, so the boundary is set by hand.
 """
 
 import math
@@ -68,6 +68,7 @@ class TrainStep:
         weights: Mapping[str, float | Callable[[int], float]],
         *,
         plain_optimizer: bool,
+        micro_rows: int = 0,
     ) -> None:
         """Prepare.
 
@@ -77,12 +78,14 @@ class TrainStep:
             topology: the run's degrees.
             weights: lambda by data set, or a function that gives it by step; in the order of the backward passes.
             plain_optimizer: whether the norm, the clip and the check are ours (see `parallel.zero.is_plain`).
+            micro_rows: most rows of a batch with a forward and backward of their own, 0 for all.
         """
         self.engine = engine
         self.config = config
         self.topology = topology
         self.weights = dict(weights)
         self.plain_optimizer = plain_optimizer
+        self.micro_rows = micro_rows
         self.bad_in_a_row = 0
         self.skipped = 0
 
@@ -110,11 +113,11 @@ class TrainStep:
         lr = set_lr(self.engine.optimizer.param_groups, self.config.optimizer, step)
         weights = {name: self.weight(name, step) for name in names}
         started = time.perf_counter()
-        sums = [
-            self._backward(batches[name], weights[name], totals, i, is_last=i == len(names) - 1)
-            for i, name in enumerate(names)
-        ]
-        summed = torch.stack(sums)
+        parts = [(i, piece) for i, name in enumerate(names) for piece in batches[name].split(self.micro_rows)]
+        summed = torch.zeros(len(names), device=parts[0][1].tokens_BT.device)
+        for number, (i, piece) in enumerate(parts):
+            is_last = number == len(parts) - 1
+            summed[i] += self._backward(piece, weights[names[i]], totals, i, is_last=is_last)
         dist.all_reduce(summed, group=MegatronMPU().get_data_parallel_group())
         backward_done = time.perf_counter()
         with part("optimizer"):
@@ -167,7 +170,7 @@ class TrainStep:
     def _backward(
         self, batch: TrainBatch, weight: float, totals: "_Totals", index: int, *, is_last: bool
     ) -> Tensor:
-        """Run forward and backward of one data set and return its summed loss on this rank, fp32 0-dim."""
+        """Run forward and backward of one data set, or a part; return its summed loss on this rank, fp32 0-dim."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         output = self.engine(
             batch.tokens_BT,

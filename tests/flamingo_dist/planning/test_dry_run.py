@@ -102,17 +102,22 @@ CASES = [
     (3, "partitioned", 2, "fp32", True),
     (3, "resident", 2, "bf16", "selective"),
 ]
+CASES = [(*case, 0) for case in CASES] + [
+    (2, "resident", 1, "bf16", False, 2),
+    (3, "partitioned", 2, "fp32", True, 3),
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "frozen", "tensor", "dtype", "checkpointing"), CASES)
-def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, checkpointing):
+@pytest.mark.parametrize(("stage", "frozen", "tensor", "dtype", "checkpointing", "micro_rows"), CASES)
+def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, checkpointing, micro_rows):
     parallel = ParallelConfig(
         tensor=tensor,
         zero_stage=stage,
         frozen=frozen,
         activation_checkpointing=checkpointing,
-        split_vision=stage == 2,
+        split_vision=stage == 2 and tensor == 2,
+        micro_rows=micro_rows,
     )
     world = 2 * tensor
     real, _ = ranks.run(real_run, parallel, dtype, world=world, tensor=tensor)[0]
@@ -129,7 +134,7 @@ def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, c
         assert fake.sent[kind].payload_bytes == pytest.approx(volume.payload_bytes), kind
     planned = step_traffic(work_of(parallel, dtype), tp=tensor, dp=2, residency=frozen)
     sent = by_purpose(real.sent)
-    assert ("tensor_gather" in planned) == ("tensor_gather" in sent) == (stage == 2)
+    assert ("tensor_gather" in planned) == ("tensor_gather" in sent) == (stage == 2 and tensor == 2)
     for kind in ("tensor_all_reduce", "tensor_gather", "gradient_reduce"):
         if kind in planned:
             assert sent[kind].wire_bytes == pytest.approx(planned[kind].wire_bytes, rel=0.1), kind

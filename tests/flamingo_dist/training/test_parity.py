@@ -72,6 +72,14 @@ LAYOUTS = [
     ]
 ]
 LAYOUTS.append((2, 2, ParallelConfig(tensor=2, zero_stage=2, split_vision=True)))
+# Rows in parts: of one row each, and of three, which leaves a smaller last part.
+LAYOUTS += [
+    (1, 1, ParallelConfig(zero_stage=0, micro_rows=3)),
+    (2, 1, ParallelConfig(zero_stage=1, micro_rows=1)),
+    (2, 1, ParallelConfig(zero_stage=2, micro_rows=1)),
+    (4, 2, ParallelConfig(tensor=2, zero_stage=3, frozen="partitioned", micro_rows=1)),
+    (4, 2, ParallelConfig(tensor=2, zero_stage=3, activation_checkpointing=True, micro_rows=1)),
+]
 
 
 @pytest.mark.distributed
@@ -79,7 +87,7 @@ LAYOUTS.append((2, 2, ParallelConfig(tensor=2, zero_stage=2, split_vision=True))
     ("world", "tensor", "parallel"),
     LAYOUTS,
     ids=lambda v: (
-        f"zero{v.zero_stage}-{v.frozen}-{v.activation_checkpointing}"
+        f"zero{v.zero_stage}-{v.frozen}-{v.activation_checkpointing}-{v.micro_rows}"
         if isinstance(v, ParallelConfig)
         else None
     ),
