@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flamingo_dist.models.vision.config import VisionConfig
 from flamingo_dist.models.vision.files import open_tensors
@@ -131,8 +132,16 @@ def flatten_grid(features_NCHW: Tensor) -> Tensor:
     return features_NCHW.flatten(2).transpose(1, 2)
 
 
+def is_without_values() -> bool:
+    """Return whether tensors made now hold no values: on the meta device, or fake ones of a dry run."""
+    made = torch.empty(0)
+    return made.is_meta or isinstance(made, FakeTensor)
+
+
 def _standardisation(config: VisionConfig) -> tuple[Tensor | None, Tensor | None]:
     """Return the mean [C] and the factor [C] that `config.statistics` asks for, fp32, or None twice.
+
+    Where tensors hold no values the file is not opened, as those of weights are not.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -140,6 +149,8 @@ def _standardisation(config: VisionConfig) -> tuple[Tensor | None, Tensor | None
     """
     if not config.statistics:
         return None, None
+    if is_without_values():
+        return torch.empty(config.width), torch.empty(config.width)
     absent = f"no statistics at {config.statistics!r}: `jobs.statistics` writes them"
     held = open_tensors(config.statistics, absent=absent)
     shapes = dict(held.shapes())

@@ -4,10 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-
-from flamingo_dist.models.vision.base import VisionEncoder
+from flamingo_dist.models.vision.base import VisionEncoder, is_without_values
 from flamingo_dist.models.vision.config import VisionConfig
 from flamingo_dist.models.vision.efficientnet import ABSENT as NO_EFFICIENTNET
 from flamingo_dist.models.vision.efficientnet import EfficientNetLite0
@@ -40,21 +37,17 @@ def _build(config: VisionConfig, opening: Opening) -> VisionEncoder:
         # Imported late: transformers takes a second, and the other encoders do without.
         from flamingo_dist.models.vision.vit import ABSENT, ViTEncoder
 
-        return ViTEncoder(config, None if _is_without_values() else _open(config, opening, ABSENT))
+        return ViTEncoder(config, None if is_without_values() else _open(config, opening, ABSENT))
     if config.is_nfnet:
-        is_drawn = not config.weights or _is_without_values()
+        is_drawn = not config.weights or is_without_values()
         return NFNet(config, None if is_drawn else _open(config, opening, NO_NFNET))
+    # It reads its shapes off the file; in a dry run there is no other rank that would hand it on.
+    opening = opened_here if is_without_values() else opening
     return EfficientNetLite0(config, _open(config, opening, NO_EFFICIENTNET))
 
 
 def _open(config: VisionConfig, opening: Opening, absent: str) -> WeightSource:
     return opening(lambda: open_tensors(config.weights, absent=absent.format(config.weights)))
-
-
-def _is_without_values() -> bool:
-    """Return whether tensors made now hold no values: on the meta device, or fake ones of a dry run."""
-    made = torch.empty(0)
-    return made.is_meta or isinstance(made, FakeTensor)
 
 
 @contextmanager

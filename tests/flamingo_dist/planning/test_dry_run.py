@@ -7,7 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from flamingo_dist.models.vision import VisionConfig, build_vision
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
 from flamingo_dist.parallel.zero import deepspeed_config
 from flamingo_dist.planning.collectives import by_purpose
@@ -18,6 +20,7 @@ from flamingo_dist.planning.memory import state_memory
 from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import DatasetShape, Workload
 from tests import tiny
+from tests.flamingo_dist.models.vision.test_vision import random_state
 
 LIMITS = Limits(prefetch=6_000, live=40_000, reuse=20_000)
 """As small beside the tiny network as the real ones are beside the large."""
@@ -173,6 +176,24 @@ def test_packed_rows_of_stored_features_run_dry_on_any_rank():
     assert kinds["tensor_all_reduce"].wire_bytes == pytest.approx(
         step_traffic(work, tp=2, dp=4, residency="resident")["tensor_all_reduce"].wire_bytes, rel=0.1
     )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["tiny", "efficientnet-lite0"])
+def test_an_encoder_with_statistics_runs_dry(tmp_path, name):
+    """As in the demo: neither the statistics nor the weights of the encoder can be read or handed on there."""
+    width, weights = (16, "") if name == "tiny" else (1280, str(tmp_path / "lite0.pth"))
+    if weights:
+        torch.save(random_state(), weights)
+    path = str(tmp_path / "statistics.safetensors")
+    save_file({"mean": torch.ones(width), "std": torch.ones(width)}, path)
+    vision = VisionConfig(name=name, weights=weights, image_size=32, tiny_width=16, statistics=path)
+    work = work_of(ParallelConfig(), "bf16")
+    resampler = replace(work.model.resampler, feature_width=width)
+    work = replace(work, model=replace(work.model, vision=vision, resampler=resampler))
+    run = dry_run(work, tiny.train_config(dtype="bf16"), Topology(world=2, rank=0, tensor=1))
+    held = sum(b.numel() * b.element_size() for b in build_vision(vision).buffers())
+    assert run.peak["vision"] == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.distributed
