@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from flamingo_dist.parallel.topology import Topology
@@ -21,10 +20,8 @@ from flamingo_dist.planning.dry_run import Followed, dry_run
 from flamingo_dist.planning.hardware import GIB
 from jobs.config import RunConfig
 from jobs.plan import workload
-from jobs.recipes import RECIPES, find_recipe
-
-WIDTH = 110
-"""Columns of the tables where the terminal has fewer, as logs have."""
+from jobs.recipes import find_recipe, usage
+from jobs.tables import table_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +42,9 @@ class DryRunArguments:
 
 def dryrun(arguments: Sequence[str]) -> int:
     """Run one rank dry and print what it holds and sends; 1 if the planner is off by more than a tenth."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: flamingo dryrun RECIPE [options]; recipes are {', '.join(RECIPES)}.")
-        return 0 if arguments else 2
+    code = usage("dryrun", arguments)
+    if code is not None:
+        return code
     name, recipe = find_recipe(arguments[0])
     default = DryRunArguments(run=recipe.config())
     given = tyro.cli(
@@ -126,8 +123,7 @@ def _hush() -> None:
 def _show(
     run: RunConfig, topology: Topology, followed: Followed, agreement: Agreement, seconds: float
 ) -> None:
-    console = Console()
-    console = Console(width=max(console.width, WIDTH))
+    console = table_console()
     peak = agreement.totals["memory"].dry
     unit, name = (GIB, "GiB") if peak > GIB else (1 << 20, "MiB")
     layout = (

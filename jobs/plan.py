@@ -1,36 +1,42 @@
 """`flamingo plan RECIPE`: what a run needs and takes, predicted before it is started."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from flamingo_dist.models.lm_config import WeightStorage
 from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.hardware import GPUS, Assumptions
 from flamingo_dist.planning.picture import draw_plan
-from flamingo_dist.planning.plan import Layout, Plan, make_plan, scale_batches, suggestions
+from flamingo_dist.planning.plan import Layout, Plan, make_plan, scale_batches
 from flamingo_dist.planning.seconds import Machine
+from flamingo_dist.planning.suggestions import suggestions
 from flamingo_dist.planning.workload import DatasetShape, Workload
 from jobs.config import RunConfig
-from jobs.recipes import RECIPES, find_recipe
+from jobs.recipes import find_recipe, usage
+from jobs.tables import table_console
+from jobs.unchecked import UncheckedRun, unchecked
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Arguments of `flamingo plan RECIPE`. All figures are predictions from data sheets; nothing is run."""
+    """Arguments of `flamingo plan RECIPE` beside the run's own settings.
+
+    All figures are predictions from data sheets; nothing is run.
+    """
 
     gpus: int = 8
     """GPUs in all."""
     gpu: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = "h100"
     """GPU model."""
     gpus_per_node: int = 8
-    """GPUs that NVLink joins."""
+    """GPUs that NVLink joins; tensor-parallel degrees are its divisors."""
     memory_gib: float | None = None
     """Memory of a GPU in GiB, in place of the data sheet's."""
     tokens: float | None = None
@@ -51,6 +57,8 @@ class PlanArguments:
     """Print the layouts as a Markdown table."""
     json: bool = False
     """Print the plan as JSON."""
+    run: Annotated[UncheckedRun, tyro.conf.arg(name="")]
+    """The run. Its own degrees and number of processes have no say: every layout of the GPUs is tried."""
 
 
 def workload(run: RunConfig) -> Workload:
@@ -77,18 +85,19 @@ def workload(run: RunConfig) -> Workload:
 
 def plan(arguments: Sequence[str]) -> int:
     """Print the layouts of a recipe on given GPUs; 1 if none fits."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: flamingo plan RECIPE [options]; recipes are {', '.join(RECIPES)}.")
-        return 0 if arguments else 2
+    code = usage("plan", arguments)
+    if code is not None:
+        return code
     name, recipe = find_recipe(arguments[0])
-    given = tyro.cli(PlanArguments, args=list(arguments[1:]), prog=f"flamingo plan {name}")
-    work, machine = resolve(workload(recipe.config()), given)
+    default = PlanArguments(run=unchecked(recipe.config()))
+    given = tyro.cli(PlanArguments, default=default, args=list(arguments[1:]), prog=f"flamingo plan {name}")
+    work, machine = resolve(workload(given.run), given)
     result = make_plan(work, machine, budget_tokens=given.tokens)
     advice = [] if result.layouts else suggestions(work, machine)
     if given.json:
         print(json.dumps(result.to_json() | {"would_fit": advice}, indent=1))
     elif given.markdown:
-        print("\n".join(markdown(result, advice)))
+        print("\n".join(markdown(result, machine, advice)))
     else:
         show(result, machine, advice, title=f"{name} on {given.gpus} {given.gpu}")
     if given.picture is not None and (result.layouts or result.too_large):
@@ -100,8 +109,12 @@ def resolve(work: Workload, given: PlanArguments) -> tuple[Workload, Machine]:
     """Apply the command line to a run and return it with its GPUs.
 
     Raises:
-        ValueError: the scale leaves a batch that is not whole.
+        ValueError: an amount that is not positive, or a scale that leaves a batch which is not whole.
     """
+    for name in ("tokens", "memory_gib", "batch_scale"):
+        value = getattr(given, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} means nothing: give a number above 0.")
     scaled = scale_batches(work, given.batch_scale)
     if scaled is None:
         sizes = ", ".join(f"{d.name} {d.rows}" for d in work.datasets)
@@ -125,23 +138,45 @@ def resolve(work: Workload, given: PlanArguments) -> tuple[Workload, Machine]:
 
 def show(result: Plan, machine: Machine, advice: list[str], *, title: str) -> None:
     """Print the plan as tables."""
-    console = Console()
+    console = table_console()
+    left_out = [f"Left out: {reason}" for reason in result.refused]
     if result.layouts:
         console.print(_layout_table(result.layouts, f"{title}: predicted, not measured"))
         console.print(_parts_table(result, result.layouts[0]))
-    else:
-        console.print(f"{title}: no layout fits in {machine.gpu.memory_gib:.1f} GiB a GPU.")
-        if result.too_large:
-            console.print(_layout_table(result.too_large, "Too large, smallest first"))
+    elif result.too_large:
+        console.print(f"{title}: no layout fits in {machine.gpu.memory_gib:.1f} GiB a GPU.", highlight=False)
+        console.print(_layout_table(result.too_large, "Too large, smallest first"))
         console.print(
-            f"What would fit: {'; or '.join(advice)}." if advice else "No single change tried would fit."
+            f"What would fit: {_listed(advice)}." if advice else "No single change tried would fit.",
+            highlight=False,
         )
-    for reason in result.refused:
-        console.print(f"Left out: {reason}", highlight=False)
+    else:
+        left_out = [f"{title}: {_undivided(result, machine, advice)}"]
+    for line in left_out:
+        console.print(line, highlight=False)
 
 
-def markdown(result: Plan, advice: list[str]) -> list[str]:
+def _listed(advice: list[str]) -> str:
+    return "; or ".join(advice)
+
+
+def _undivided(result: Plan, machine: Machine, advice: list[str]) -> str:
+    """Say why no layout can run at all, and what could."""
+    reasons = "\n".join(f"- {reason}" for reason in result.refused)
+    remedy = (
+        f"What would run: {_listed(advice)}." if advice else "No other number of GPUs or batch tried would."
+    )
+    return (
+        f"no layout can run: the run does not divide among {machine.gpus} GPUs, whatever their memory.\n"
+        f"{reasons}\n{remedy}"
+    )
+
+
+def markdown(result: Plan, machine: Machine, advice: list[str]) -> list[str]:
     """Return the lines of a Markdown table of the layouts that fit, or else of the too large ones."""
+    if not result.layouts and not result.too_large:
+        said = _undivided(result, machine, advice)
+        return [said[0].upper() + said[1:]]
     lines = ["| TP | DP | frozen weights | GiB a GPU | s a step | tokens/s | useful MFU | HFU |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for x in result.layouts or result.too_large:
@@ -149,7 +184,7 @@ def markdown(result: Plan, advice: list[str]) -> list[str]:
         line = f"| {x.tp} | {x.dp} | {x.residency} | {size} | {x.step_seconds:.2f} "
         lines.append(f"{line}| {x.tokens_per_second:,.0f} | {x.useful_mfu:.1%} | {x.hfu:.1%} |")
     if not result.layouts:
-        lines += ["", f"No layout fits; what would: {'; or '.join(advice) or 'no single change tried'}."]
+        lines += ["", f"No layout fits; what would: {_listed(advice) or 'no single change tried'}."]
     return lines
 
 

@@ -1,9 +1,9 @@
-"""Every layout of a run on given GPUs, ranked, and what would help where none fits."""
+"""Every layout of a run on given GPUs, ranked."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.planning.flops import step_flops
 from flamingo_dist.planning.hardware import GIB, Assumptions
@@ -12,7 +12,8 @@ from flamingo_dist.planning.seconds import Machine, link_bytes, step_seconds
 from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import Workload
 
-TENSOR_DEGREES = (1, 2, 4, 8)
+ROUNDING = 1e-5
+"""How far a scaled batch may be from a whole number, relatively: a factor such as 4/3 is given in a few digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,8 @@ def make_plan(work: Workload, machine: Machine, *, budget_tokens: float | None =
     layouts, refused = [], []
     whole_only = work.parallel.zero_stage != 3 or work.model.lm.weight_storage != "same"
     residencies: tuple[Residency, ...] = ("resident",) if whole_only else ("resident", "partitioned")
-    for tp in TENSOR_DEGREES:
-        reason = _refusal(work, machine, tp)
+    for tp in tensor_degrees(machine):
+        reason = refusal(work, machine, tp)
         if reason:
             refused.append(reason)
             continue
@@ -98,10 +99,23 @@ def make_plan(work: Workload, machine: Machine, *, budget_tokens: float | None =
     return Plan(layouts=fitting, too_large=large, refused=refused, flops=step_flops(work))
 
 
-def _refusal(work: Workload, machine: Machine, tp: int) -> str:
-    """Return why the degree cannot run, or ""."""
-    if tp > machine.gpus_per_node:
-        return f"tp {tp}: more than the {machine.gpus_per_node} GPUs of a node; its sums need NVLink."
+def tensor_degrees(machine: Machine) -> list[int]:
+    """Return the tensor-parallel degrees to try: divisors of a node's GPUs, so that every group lies in one node.
+
+    Across nodes its sums would be on the network, and they are priced as NVLink's.
+    """
+    node = min(machine.gpus, machine.gpus_per_node)
+    return [tp for tp in range(1, node + 1) if node % tp == 0]
+
+
+def refusal(work: Workload, machine: Machine, tp: int) -> str:
+    """Return why the degree cannot run, or "".
+
+    Args:
+        work: the run; without data sets its batches are left out.
+        machine: the GPUs.
+        tp: one of `tensor_degrees`.
+    """
     if machine.gpus % tp:
         return f"tp {tp}: does not divide {machine.gpus} GPUs."
     sizes = work.model.tensor_sizes()
@@ -178,51 +192,10 @@ def rank_memory(
     return in_gib, transient
 
 
-def suggestions(work: Workload, machine: Machine) -> list[str]:
-    """Return the single changes that make a layout fit, each tried; empty if none of them does."""
-    found = []
-    recompute: tuple[Recompute, ...] = ("selective", True)
-    # What is recomputed already cannot be recomputed less to any use.
-    for value in recompute if not work.parallel.activation_checkpointing else ():
-        parallel = replace(work.parallel, activation_checkpointing=value)
-        if make_plan(replace(work, parallel=parallel), machine).layouts:
-            found.append(f"parallel.activation_checkpointing={value}")
-            break
-    if work.parallel.zero_stage != 3:
-        parallel = replace(work.parallel, zero_stage=3)
-        best = make_plan(replace(work, parallel=parallel), machine).layouts
-        if best:
-            found.append(f"parallel.zero_stage=3 with parallel.frozen={best[0].residency!r}")
-    if work.model.lm.weight_storage == "same":
-        lm = replace(work.model.lm, weight_storage="int8")
-        if make_plan(replace(work, model=replace(work.model, lm=lm)), machine).layouts:
-            found.append("model.lm.weight_storage='int8' (--weight-storage int8)")
-    more = (machine.gpus * 2**power for power in range(1, 11))
-    for gpus in more:
-        if make_plan(work, replace(machine, gpus=gpus)).layouts:
-            found.append(f"{gpus} GPUs")
-            break
-    return found + _batch_suggestions(work, machine)
-
-
-def _batch_suggestions(work: Workload, machine: Machine) -> list[str]:
-    """Return the nearest smaller and the nearest larger batches that make a layout fit."""
-    found = []
-    for base, words in ((0.5, "smaller"), (2.0, "larger")):
-        for power in range(1, 11):
-            scaled = scale_batches(work, base**power)
-            if scaled is None:
-                break
-            if make_plan(scaled, machine).layouts:
-                found.append(f"batches {2**power} times {words} (--batch-scale {base**power:g})")
-                break
-    return found
-
-
 def scale_batches(work: Workload, factor: float) -> Workload | None:
     """Return the run with batches scaled; None where a batch would not be whole."""
     rows = [d.rows * factor for d in work.datasets]
-    if any(r < 1 or r != int(r) for r in rows):
+    if any(r < 1 - ROUNDING or not math.isclose(r, round(r), rel_tol=ROUNDING) for r in rows):
         return None
-    datasets = tuple(replace(d, rows=int(r)) for d, r in zip(work.datasets, rows, strict=True))
+    datasets = tuple(replace(d, rows=round(r)) for d, r in zip(work.datasets, rows, strict=True))
     return replace(work, datasets=datasets)

@@ -15,18 +15,17 @@ from jobs.doctor.data import check_data
 from jobs.doctor.disk import bytes_below, check_run_folder, marked
 from jobs.doctor.findings import Finding, count, fail, lines, to_json
 from jobs.doctor.layout import (
-    UncheckedRun,
     check_borders,
     check_configuration,
     check_gpu_memory,
     check_processes,
-    unchecked,
 )
 from jobs.doctor.needs import checkpoint_bytes, needs_of
 from jobs.doctor.reach import Answer, by_ray, by_srun, here, slurm_master, slurm_nodes
 from jobs.doctor.report import NodeReport
 from jobs.doctor.versions import check_same_versions
-from jobs.recipes import RECIPES, Recipe, find_recipe
+from jobs.recipes import Recipe, find_recipe, usage
+from jobs.unchecked import UncheckedRun, unchecked
 
 Group = Literal["data", "disk", "nodes"]
 
@@ -57,9 +56,9 @@ class DoctorArguments:
 
 def doctor(arguments: Sequence[str]) -> int:
     """Check a recipe on this machine or allocation: `flamingo doctor RECIPE [options]`; 1 if it would fail."""
-    if not arguments or arguments[0].startswith("-"):
-        print(f"usage: flamingo doctor RECIPE [options]; recipes are {', '.join(RECIPES)}.")
-        return 0 if arguments else 2
+    code = usage("doctor", arguments)
+    if code is not None:
+        return code
     name, recipe = find_recipe(arguments[0])
     default = DoctorArguments(run=unchecked(recipe.config()))
     given = tyro.cli(

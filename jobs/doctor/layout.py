@@ -3,28 +3,16 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from flamingo_dist.planning.hardware import GPUS, Assumptions, gpu_of
-from flamingo_dist.planning.plan import make_plan, rank_memory, suggestions
+from flamingo_dist.planning.plan import make_plan, rank_memory
 from flamingo_dist.planning.seconds import Machine
+from flamingo_dist.planning.suggestions import suggestions
 from jobs.config import RunConfig
 from jobs.doctor.findings import Finding, fail, ok, warn
 from jobs.doctor.report import NodeReport
 from jobs.plan import workload
-
-
-@dataclass(frozen=True, kw_only=True)
-class UncheckedRun(RunConfig):
-    """A run whose parts may contradict one another: the doctor lists all contradictions, not the first."""
-
-    def __post_init__(self) -> None:
-        """Check nothing."""
-
-
-def unchecked(run: RunConfig) -> UncheckedRun:
-    """Return the same run, to be overridden without being refused."""
-    return UncheckedRun(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
 
 
 def check_configuration(run: RunConfig) -> list[Finding]:

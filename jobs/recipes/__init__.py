@@ -1,6 +1,7 @@
 """Named runs: plain functions that return a whole run configuration, and what their data need before."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jobs.config import RunConfig
@@ -60,3 +61,22 @@ def find_recipe(given: str) -> tuple[str, Recipe]:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {given!r}; recipes are {', '.join(RECIPES)}.")
     return name, RECIPES[name]
+
+
+def usage(command: str, arguments: Sequence[str]) -> int | None:
+    """Say how a command is used where its first argument is no recipe; return its exit code, None if it is to go on.
+
+    Args:
+        command: of `flamingo`, which takes a recipe and then options.
+        arguments: what follows it.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return None
+    line = f"usage: flamingo {command} RECIPE [options]; recipes are {', '.join(RECIPES)}."
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(line)
+        return 0
+    if arguments:
+        line = f"flamingo {command}: {arguments[0]!r} stands where the recipe has to be; options follow it.\n{line}"
+    print(line, file=sys.stderr)
+    return 2

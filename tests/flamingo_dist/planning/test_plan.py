@@ -9,8 +9,9 @@ import pytest
 
 from flamingo_dist.cli import main
 from flamingo_dist.parallel.topology import ParallelConfig
-from flamingo_dist.planning.plan import make_plan, scale_batches, suggestions
+from flamingo_dist.planning.plan import make_plan, scale_batches
 from flamingo_dist.planning.seconds import link_bytes
+from flamingo_dist.planning.suggestions import suggestions
 from flamingo_dist.planning.traffic import Traffic, step_traffic
 from jobs.plan import workload
 from jobs.recipes import RECIPES
@@ -201,6 +202,35 @@ def test_the_page_holds_what_its_commands_print(capsys):
     for command in commands:
         main(command.split())
         assert capsys.readouterr().out in page, f"run `flamingo {command}` and paste what it prints"
+
+
+def test_the_page_on_speed_holds_what_is_predicted():
+    """The table of activation checkpointing, and the sentence on split encoders."""
+    page = (Path(__file__).parents[3] / "docs" / "speed.md").read_text()
+    row = re.compile(r"^\| (?:(\d+)B, (\d+) GPUs, TP (\d+) )?\| (all|selective|none) \|(.*)\|$", re.MULTILINE)
+    rows = row.findall(page)
+    assert [kind for *_, kind, _ in rows] == 2 * ["all", "selective", "none"]
+    values = {"all": True, "selective": "selective", "none": False}
+    run = ("", "", "")
+    for *named, kind, figures in rows:
+        run = named if named[0] else run
+        x = resident(*run, activation_checkpointing=values[kind])
+        expected = f" {x.memory_gib:.1f} | {x.step_seconds:.2f} | {x.useful_mfu:.1%} "
+        assert figures == expected, f"{run} {kind}: write |{expected}|"
+    split = re.compile(r"(\d+)B on (\d+)(?: GPUs)? at TP (\d) from\s([\d.]+) to\s([\d.]+) s")
+    found = split.findall(page)
+    assert len(found) == 2
+    for *run, whole, shared in found:
+        seconds = [resident(*run, split_vision=s).step_seconds for s in (False, True)]
+        assert [whole, shared] == [f"{s:.2f}" for s in seconds], run
+
+
+def resident(billions, gpus, tp, **parallel):
+    """The layout with resident frozen weights of a large recipe, as it is but for `parallel`."""
+    work = work_of(f"flamingo_{billions}b")
+    plan = make_plan(replace(work, parallel=replace(work.parallel, **parallel)), machine(int(gpus)))
+    every = plan.layouts + plan.too_large
+    return next(x for x in every if (x.tp, x.residency) == (int(tp), "resident"))
 
 
 def test_overrides_reach_the_plan(capsys):

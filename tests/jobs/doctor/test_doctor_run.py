@@ -21,11 +21,11 @@ from jobs.config import ResourceConfig
 from jobs.doctor import data, layout, needs
 from jobs.doctor.command import doctor
 from jobs.doctor.findings import Finding
-from jobs.doctor.layout import UncheckedRun, unchecked
 from jobs.doctor.node import from_lines, to_lines
 from jobs.doctor.report import GPUFacts, NodeReport
 from jobs.recipes.large import flamingo_9b, flamingo_80b
 from jobs.recipes.smoke import prepare_smoke, smoke
+from jobs.unchecked import UncheckedRun, unchecked
 from tests.data_pipeline.servers import flaky_server
 
 ROOT = Path(__file__).resolve().parents[3]
