@@ -107,12 +107,15 @@ def examine_run(recipe: Recipe, given: DoctorArguments) -> tuple[list[Finding], 
         )
         return found, []
     folder = (Path(run.runs_dir) / run.name).resolve()
-    if "disk" not in given.skip:
+    can_mark = "disk" not in given.skip
+    if can_mark:
         present = bytes_below(folder / "checkpoints")
-        found += check_run_folder(folder, checkpoint_bytes(run), run.train.keep_checkpoints, present)
+        of_folder = check_run_folder(folder, checkpoint_bytes(run), run.train.keep_checkpoints, present)
+        can_mark = all(finding.check != "run folder" for finding in of_folder)
+        found += of_folder
     if "nodes" in given.skip:
         return found, []
-    reports, between = ask_nodes(given, folder)
+    reports, between = ask_nodes(given, folder, can_mark=can_mark)
     own_ray = given.ray_address is None and not slurm_nodes(os.environ)
     found += between + [finding for report in reports for finding in report.findings]
     found += check_skew(reports) + check_same_versions(reports)
@@ -121,8 +124,14 @@ def examine_run(recipe: Recipe, given: DoctorArguments) -> tuple[list[Finding], 
     return found, reports
 
 
-def ask_nodes(given: DoctorArguments, folder: Path) -> Answer:
-    """Have the checks of a node made on every node: in a Ray cluster, in a SLURM allocation, or here."""
+def ask_nodes(given: DoctorArguments, folder: Path, *, can_mark: bool) -> Answer:
+    """Have the checks of a node made on every node: in a Ray cluster, in a SLURM allocation, or here.
+
+    Args:
+        given: the command line.
+        folder: the run folder.
+        can_mark: whether a file may be left there for a while, that all nodes have to see.
+    """
     slurm, run = slurm_nodes(os.environ), given.run
     master = slurm_master(os.environ) if slurm and not given.ray_address else None
     if given.master_addr or given.master_port:
@@ -130,7 +139,7 @@ def ask_nodes(given: DoctorArguments, folder: Path) -> Answer:
         master = (given.master_addr or address, given.master_port or port)
     with ExitStack() as stack:
         needs = replace(needs_of(run, max(1, slurm), str(folder)), seconds=given.seconds)
-        if (given.ray_address or slurm > 1) and "disk" not in given.skip:
+        if (given.ray_address or slurm > 1) and can_mark:
             needs = replace(needs, mark=stack.enter_context(marked(folder)))
         if given.ray_address:
             return by_ray(needs, given.ray_address)

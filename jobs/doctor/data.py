@@ -3,23 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.tokenizer import TokenizerConfig
-from flamingo_dist.models.weights.ranges import RangeFile
-from flamingo_dist.models.weights.safetensors import SafetensorsSource
-from flamingo_dist.planning.hardware import GIB
 from jobs.config import RunConfig
-from jobs.doctor.findings import Finding, fail, ok, warn
-
-ATTEMPTS = 2
-"""Times that a read is tried: a run is patient with a busy storage, the doctor is not."""
-_GGUF = b"GGUF"
-"""What such a file begins with."""
-_ONE_FILE = (".gguf", ".npz", ".pth", ".pt", ".bin")
-"""Endings of weights that are one file, but for `.safetensors`."""
+from jobs.doctor.findings import Finding, fail, first_line, ok, warn
+from jobs.doctor.weights import ATTEMPTS, check_all_weights
 
 
 def check_data(run: RunConfig) -> list[Finding]:
@@ -28,14 +18,7 @@ def check_data(run: RunConfig) -> list[Finding]:
     for dataset in {**run.data.train, **run.data.held_out}.values():
         found += check_dataset(run, dataset)
     found.append(check_tokenizer(run.data.tokenizer, run.model.lm.vocab_size))
-    for what, path in (
-        ("LM weights", run.model.lm.weights or ""),
-        ("vision weights", run.model.vision.weights),
-        ("vision statistics", run.model.vision.statistics),
-    ):
-        if path:
-            found.append(check_weights(what, path))
-    return found
+    return found + check_all_weights(run.model)
 
 
 def check_dataset(run: RunConfig, dataset: DatasetConfig) -> list[Finding]:
@@ -52,10 +35,10 @@ def check_dataset(run: RunConfig, dataset: DatasetConfig) -> list[Finding]:
         remedy = (
             f"restore what is named, or set {setting}; credentials and endpoint come from the environment"
         )
-        return [fail(check, _first_line(error), remedy)]
+        return [fail(check, first_line(error), remedy)]
     except Exception as error:  # file systems raise errors of libraries that need not be installed
         remedy = f"check {setting}, credentials and endpoint"
-        return [fail(check, f"{type(error).__name__}: {_first_line(error)}", remedy)]
+        return [fail(check, f"{type(error).__name__}: {first_line(error)}", remedy)]
     return _compare(run, dataset, index, check)
 
 
@@ -134,7 +117,7 @@ def check_tokenizer(config: TokenizerConfig, vocab_size: int) -> Finding:
         ids = tokenizer.encode("A flamingo.")
     except Exception as error:  # the tokenizers package raises bare exceptions
         remedy = "set --data.tokenizer.path to a GGUF file or a folder with tokenizer.json on this machine"
-        return fail("tokenizer", f"{config.kind} {config.path}: {_first_line(error)}", remedy)
+        return fail("tokenizer", f"{config.kind} {config.path}: {first_line(error)}", remedy)
     if tokenizer.vocab_size != vocab_size or max(ids) >= vocab_size:
         remedy = f"set --data.tokenizer.vocab-size {vocab_size}, or the tokenizer of this language model"
         says = (
@@ -142,44 +125,3 @@ def check_tokenizer(config: TokenizerConfig, vocab_size: int) -> Finding:
         )
         return fail("tokenizer", says, remedy)
     return ok("tokenizer", f"{config.kind} {config.path or '(built in)'}: {tokenizer.vocab_size} entries")
-
-
-def check_weights(what: str, path: str) -> Finding:
-    """Check that weights can be read and are whole, by their headers alone.
-
-    Args:
-        what: name for the finding.
-        path: a file, or a folder of `.safetensors` files, on any fsspec file system.
-    """
-    remedy = "download them anew, or correct the path"
-    try:
-        says = _found_whole(path)
-    except Exception as error:  # file systems raise errors of libraries that need not be installed
-        return fail(what, f"{path}: {_first_line(error)}", remedy)
-    return ok(what, f"{path}: {says}")
-
-
-def _found_whole(path: str) -> str:
-    """Return how many files of weights there are and how large, without reading them.
-
-    Raises:
-        ValueError: a file is cut off, or not what its name says.
-        OSError: it cannot be read.
-    """
-    if PurePosixPath(path).suffix in _ONE_FILE:
-        file = RangeFile(path, attempts=ATTEMPTS)
-        files, size = 1, file.size()
-        if size == 0:
-            raise ValueError(f"{path} is empty")
-        head = bytearray(min(size, len(_GGUF)))
-        file.read_into(memoryview(head), 0)
-        if path.endswith(".gguf") and head != _GGUF:
-            raise ValueError(f"{path} is no GGUF file: it begins with {bytes(head)!r}")
-    else:
-        source = SafetensorsSource(path, attempts=ATTEMPTS)
-        files, size = len(source.files), source.check_whole()
-    return f"{files} files, {size / GIB:.2f} GiB"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -36,11 +36,15 @@ def check_run_folder(folder: Path, checkpoint: int, keep: int, present: int) -> 
         keep: how many stay.
         present: bytes of those that are there already, which the run will replace.
     """
+    remedy = "set --runs-dir to a folder that you may write to and all nodes see"
+    # A link that leads nowhere cannot be made a folder either.
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        return [fail("run folder", f"{there} is no folder, so {folder} cannot be made", remedy)]
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             pass
     except OSError as error:
-        remedy = "set --runs-dir to a folder that you may write to and all nodes see"
         return [fail("run folder", f"{existing(folder)} cannot be written to ({error.strerror})", remedy)]
     # One more than is kept: the new one is complete before the oldest goes.
     free, needed = free_bytes(folder), (keep + 1) * checkpoint - present

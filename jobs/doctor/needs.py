@@ -48,8 +48,9 @@ def needs_of(run: RunConfig, nodes: int, run_dir: str) -> Needs:
 def local_paths(run: RunConfig) -> tuple[str, ...]:
     """Return the files and folders of this machine that the run reads: no URLs, patterns by their folder."""
     urls = [url for dataset in {**run.data.train, **run.data.held_out}.values() for url in dataset.urls]
-    vision = run.model.vision
-    wanted = [run.model.lm.weights or "", vision.weights, vision.statistics, run.data.tokenizer.path]
+    model, vision = run.model, run.model.vision
+    wanted = [model.weights or "", model.lm.weights or "", vision.weights, vision.statistics]
+    wanted.append(run.data.tokenizer.path)
     # A pattern's folder has to do: what it stands for is the data's own check.
     wanted += [str(Path(url).parent) if re.search(r"[{*?\[]", url) else url for url in urls]
     return tuple(dict.fromkeys(path for path in wanted if path and "://" not in path))

@@ -106,6 +106,16 @@ def test_a_run_folder_that_cannot_be_written_to():
     assert "/proc cannot be written to" in finding.says
 
 
+def test_a_run_folder_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "link"):
+        (finding,) = disk.check_run_folder(tmp_path / name / "run", 1, 1, 0)
+        assert (finding.check, finding.level) == ("run folder", "fail")
+        assert f"{tmp_path / name} is no folder" in finding.says
+        assert "--runs-dir" in finding.remedy
+
+
 def test_a_mark_that_this_node_does_not_see(tmp_path):
     folder = tmp_path / "runs/new"
     with disk.marked(folder) as mark:

@@ -10,23 +10,22 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.parallel.topology import ParallelConfig
 from jobs.config import ResourceConfig
-from jobs.doctor import data, layout, needs
-from jobs.doctor.command import doctor
+from jobs.doctor import command, data, layout, needs
+from jobs.doctor.command import DoctorArguments, doctor
 from jobs.doctor.findings import Finding
 from jobs.doctor.node import from_lines, to_lines
-from jobs.doctor.report import GPUFacts, NodeReport
+from jobs.doctor.reach import Answer
+from jobs.doctor.report import GPUFacts, Needs, NodeReport
+from jobs.recipes import RECIPES
 from jobs.recipes.large import flamingo_9b, flamingo_80b
 from jobs.recipes.smoke import prepare_smoke, smoke
 from jobs.unchecked import UncheckedRun, unchecked
-from tests.data_pipeline.servers import flaky_server
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -132,8 +131,9 @@ def test_local_files_are_wanted_on_every_node():
     pairs = replace(run.data.train["pairs"], urls=("/a/x-{00..09}.tar", "s3://b/c", "/d"))
     data = replace(run.data, train={"pairs": pairs}, held_out={})
     lm = replace(run.model.lm, weights="/w.gguf")
-    wanted = needs.local_paths(replace(unchecked(run), data=data, model=replace(run.model, lm=lm)))
-    assert wanted == ("/w.gguf", "/a", "/d")
+    model = replace(run.model, lm=lm, weights="/folder")
+    wanted = needs.local_paths(replace(unchecked(run), data=data, model=model))
+    assert wanted == ("/folder", "/w.gguf", "/a", "/d")
 
 
 @pytest.fixture(scope="module")
@@ -206,48 +206,6 @@ def test_tokenizers(tmp_path):
     assert (finding.level, "no tokenizer.json" in finding.says) == ("fail", True)
 
 
-def test_weights_that_are_whole_cut_or_not_there(tmp_path):
-    def say(path: Path) -> tuple[str, str]:
-        finding = data.check_weights("LM weights", str(path))
-        return finding.level, finding.says
-
-    assert say(tmp_path)[0] == "fail"
-    assert say(tmp_path / "none.gguf")[0] == "fail"
-    for name in ("a", "b"):
-        save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / f"{name}.safetensors")
-    assert "tensor w is in both" in say(tmp_path)[1]
-    save_file({"x": np.zeros((8, 8), np.float32)}, tmp_path / "b.safetensors")
-    index = {"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert say(tmp_path)[0] == "ok"
-    cut = tmp_path / "a.safetensors"
-    os.truncate(cut, cut.stat().st_size - 1)
-    assert "cut off" in say(tmp_path)[1]
-    cut.unlink()
-    assert "a.safetensors is not there" in say(tmp_path)[1]
-    (tmp_path / "x.gguf").write_bytes(b"<html>")
-    assert "no GGUF file" in say(tmp_path / "x.gguf")[1]
-
-
-def test_weights_on_a_server_that_lists_nothing(tmp_path):
-    for name in ("clip", "single"):
-        (tmp_path / name).mkdir()
-        save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / name / "model.safetensors")
-    (tmp_path / "F6_haiku.npz").write_bytes(b"x" * 100)
-    with flaky_server(tmp_path, share=0.0) as server:
-
-        def say(name: str) -> tuple[str, str]:
-            finding = data.check_weights("vision weights", f"{server.url}/{name}")
-            return finding.level, finding.says
-
-        assert {say(n)[0] for n in ("clip", "clip/", "single/model.safetensors", "F6_haiku.npz")} == {"ok"}
-        cut = tmp_path / "clip" / "model.safetensors"
-        os.truncate(cut, cut.stat().st_size - 1)
-        assert "cut off" in say("clip")[1]
-        for name in ("none", "none.npz", "none.safetensors"):
-            assert say(name)[0] == "fail"
-
-
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NCCL_"))}
     command = [sys.executable, "-m", "flamingo_dist.cli", "doctor", *arguments]
@@ -295,8 +253,29 @@ def test_a_configuration_that_cannot_run_ends_with_1(capsys):
     assert all(finding["remedy"] for finding in wrong)
 
 
-def test_wrong_usage():
+def test_a_runs_folder_that_is_a_file(tmp_path, monkeypatch):
+    """Several nodes would be shown a mark in the run folder, which there is no folder for."""
+    (tmp_path / "file").touch()
+    given = DoctorArguments(
+        run=replace(unchecked(smoke()), runs_dir=str(tmp_path / "file")), skip=("data",), ray_address="x"
+    )
+    asked = []
+
+    def by_ray(needs: Needs, address: str) -> Answer:
+        asked.append(needs)
+        return [], []
+
+    monkeypatch.setattr(command, "by_ray", by_ray)
+    found, _ = command.examine_run(RECIPES["smoke"], given)
+    (finding,) = [f for f in found if f.level == "fail"]
+    assert (finding.check, "is no folder" in finding.says) == ("run folder", True)
+    assert [needs.mark for needs in asked] == [""]
+
+
+def test_wrong_usage(capsys):
     assert doctor([]) == 2
+    assert doctor(["--json", "smoke"]) == 2
+    assert "'--json' stands where the recipe has to be" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown recipe"):
         doctor(["none"])
     assert ParallelConfig().tensor == ResourceConfig().workers == 1
