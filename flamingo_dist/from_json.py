@@ -1,6 +1,7 @@
-"""Configuration objects back from the plain JSON that they were written as."""
+"""JSON that others wrote: an object that names its file in errors, and configuration objects back from plain JSON."""
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any
@@ -28,4 +29,27 @@ def from_json(kind: Any, value: Any) -> Any:
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(from_json(a, item) for a, item in zip(kinds, value, strict=True))
+    return value
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object that `text` is.
+
+    Args:
+        text: what a file holds.
+        where: what errors call it, such as its URL.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
+        raise ValueError(
+            f"{where} cannot be read as JSON ({len(text)} bytes): {type(error).__name__}: {error}. Is it whole?"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where} holds {type(value).__name__} {str(value)[:40]!r} instead of a JSON object."
+        )
     return value

@@ -3,9 +3,10 @@
 import re
 
 from flamingo_dist.models.lm_config import LMConfig
+from flamingo_dist.models.stated_config import Difference, lm_differences, refuse
 from flamingo_dist.models.stored_shapes import differences, listed
 from flamingo_dist.models.weights.gguf import GGUFSource, gguf_lm_config
-from flamingo_dist.models.weights.hugging_face import hf_lm_config
+from flamingo_dist.models.weights.hugging_face import config_url, hf_lm_config, stated_lm_config
 from flamingo_dist.models.weights.layout import lm_layout
 from flamingo_dist.models.weights.naming import NAMES
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
@@ -15,14 +16,22 @@ from flamingo_dist.models.weights.source import RenamedSource, WeightSource
 def open_lm_weights(config: LMConfig) -> WeightSource:
     """Open `config.weights` and check that it holds the tensors of `config`, no other ones, all of the right shape.
 
+    A GGUF file, or a `config.json` beside safetensors, must also state the settings of `config` that no shape proves.
+
     Raises:
-        ValueError: nothing readable is there, or naming what is missing, surplus or misshaped.
+        ValueError: nothing readable is there, or naming what is missing, surplus or misshaped, or the settings that
+            are others there.
     """
     assert config.weights is not None, "a configuration without weights draws them"
     path = config.weights
-    source: WeightSource = GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
-    source = _rooted(source, config)
+    if path.endswith(".gguf"):
+        gguf = GGUFSource(path)
+        _check(gguf, config)
+        _check_stated(gguf, config, gguf.lm_config(), path)
+        return gguf
+    source = _rooted(SafetensorsSource(path), config)
     _check(source, config)
+    _check_stated(source, config, stated_lm_config(path), config_url(path))
     return source
 
 
@@ -54,6 +63,17 @@ def _check(source: WeightSource, config: LMConfig) -> None:
     if any(parts):
         problems = "; ".join(filter(None, parts))
         raise ValueError(f"weights {config.weights} do not fit the LM configuration: {problems}.")
+
+
+def _check_stated(source: WeightSource, config: LMConfig, stated: LMConfig | None, where: str) -> None:
+    """Raise `ValueError` unless the settings that are stated with the weights, if any, are the configuration's."""
+    if stated is None:
+        return
+    apart = list(lm_differences(config, stated))
+    # A run may untie a head that is stored, but must not let the embedding stand for a head of its own.
+    if config.tied and not stated.tied and "lm_head.weight" in source.shapes():
+        apart.append(Difference("tied", given=True, stated=False))
+    refuse(apart, where, "model.lm.")
 
 
 def _is_known_surplus(name: str, config: LMConfig) -> bool:

@@ -138,9 +138,10 @@ def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, family, world, 
     layout = lm_layout(read_lm_config(str(folder / family)))
     whole = [layout.stored[cut.pieces[0].name] for cut in layout.cuts.values() if cut.how == "whole"]
     norms = 4 * sum(math.prod(shape) for shape in whole)
-    # All ranks read headers, config.json and a byte to see whether the file is there; every weight is read once,
+    # All ranks read headers, a byte to see whether the file is there, and config.json, once for the settings and once to
+    # compare them with; every weight is read once,
     # norms and what else is not cut by each tensor-parallel rank.
-    assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (config + 1)
+    assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (2 * config + 1)
     assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
 
 
