@@ -84,7 +84,7 @@ def _open_network_folder(path: Path, topology: Topology) -> Network:
     model = empty_network(config)
     shapes, trainable = whole_shapes(model)
     folder = NetworkFolder(path, tp_rank=0, tp_size=1)
-    folder.check(model, config.lm.vocab_size)
+    folder.check(model, config)
     first = _first_values(config, model, topology, seed=0)
     params = dict(model.named_parameters())
     value_of = folder.values(lambda name, _: first(name))

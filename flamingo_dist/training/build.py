@@ -90,7 +90,7 @@ def build_model(
     values = parameter_values(config, topology, seed)
     if config.weights is not None:
         folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)
-        folder.check(model, config.lm.vocab_size)
+        folder.check(model, config)
         values = folder.values(values)
     storage = config.lm.weight_storage
 

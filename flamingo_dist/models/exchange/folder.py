@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flamingo_dist.from_json import from_json
+from flamingo_dist.from_json import from_json, json_object
 from flamingo_dist.models.exchange.rules import check_tensors
 from flamingo_dist.models.exchange.tensors import SHARD_BYTES, read_slice, write_tensors
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.init import tag_of
+from flamingo_dist.models.stated_config import Difference, config_differences, lm_differences, refuse
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.vision.files import copy_weights
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
@@ -26,6 +27,19 @@ VERSION = 1
 VISION = "vision"
 """Folder inside the folder, where the vision encoder's own files are."""
 _FILES_OF_VISION = ("weights", "statistics")
+_OF_A_RUN = (
+    *("lm", "vision", "vision_batch", "weights"),
+    *(
+        "resampler.init_std",
+        "resampler.latents_std",
+        "resampler.frames_std",
+        "gated.init_std",
+        "gated.gate_init",
+    ),
+    *("resampler.shared_feature_kv", "resampler.implementation", "gated.implementation"),
+)
+"""Settings that may differ from a folder's: the LM's are compared by themselves, the others say where weights are, what a
+network without weights starts from, or which way the same function is computed."""
 
 
 @contextmanager
@@ -89,9 +103,13 @@ def _copy_vision(config: VisionConfig, folder: Path) -> dict[str, Any]:
 
 
 def is_network_folder(folder: Path) -> bool:
-    """Return whether `folder` is one that `write_network` wrote."""
+    """Return whether `folder` is one that `write_network` wrote.
+
+    Raises:
+        ValueError: its `config.json` cannot be read.
+    """
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT
+    return file.is_file() and json_object(file.read_bytes(), str(file)).get("format") == FORMAT
 
 
 def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> FlamingoConfig:
@@ -106,10 +124,15 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
     """
     if not is_network_folder(folder):
         raise ValueError(f"{folder} is no folder that `flamingo export` or `flamingo import` wrote.")
-    stated = json.loads((folder / "config.json").read_text())
-    if stated["version"] != VERSION:
-        raise ValueError(f"{folder} is of version {stated['version']}, this code reads version {VERSION}.")
-    model = stated["model"]
+    file = folder / "config.json"
+    stated = json_object(file.read_bytes(), str(file))
+    if stated.get("version") != VERSION:
+        raise ValueError(
+            f"{folder} is of version {stated.get('version')}, this code reads version {VERSION}."
+        )
+    model = stated.get("model")
+    if not (isinstance(model, dict) and isinstance(model.get("vision"), dict)):
+        raise ValueError(f"{file} states no model; was it changed? Write the folder again.")
     if vision is not None:
         model["vision"] = dataclasses.asdict(vision)
     else:
@@ -119,7 +142,7 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
     model["weights"] = str(folder)
     try:
         config: FlamingoConfig = from_json(FlamingoConfig, model)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/config.json does not fit this version of the code: {error}.") from error
     return config
 
@@ -129,27 +152,44 @@ class NetworkFolder:
 
     def __init__(self, folder: Path, *, tp_rank: int, tp_size: int) -> None:
         """Open the folder."""
+        self.folder = folder
         self.tensors = SafetensorsSource(str(folder))
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
-    def check(self, model: nn.Module, vocab_size: int) -> None:
-        """Check that the folder holds exactly the parameters of `model`, or its trainable ones.
+    def check(self, model: nn.Module, config: FlamingoConfig) -> None:
+        """Check that the folder holds exactly the parameters of `model`, or its trainable ones, and its settings.
 
         Args:
             model: the network, empty or filled, partitioned by ZeRO or not.
-            vocab_size: rows of the frozen vocabulary, without the padding that the layout adds.
+            config: the network's.
 
         Raises:
-            ValueError: naming what is missing, surplus or of another shape.
+            ValueError: naming what is missing, surplus or of another shape, or the settings that are others in the
+                folder's `config.json`.
         """
         found = self.tensors.shapes()
         has_frozen = _holds_frozen(found)
         wanted = {
-            name: whole_shape(name, param, tp_size=self.tp_size, vocab_size=vocab_size)
+            name: whole_shape(name, param, tp_size=self.tp_size, vocab_size=config.lm.vocab_size)
             for name, param in model.named_parameters()
             if has_frozen or param.requires_grad
         }
         check_tensors(found, wanted, self.tensors.where)
+        self._check_settings(config)
+
+    def _check_settings(self, config: FlamingoConfig) -> None:
+        """Raise `ValueError` where the folder states another network of the same names and shapes."""
+        file = self.folder / "config.json"
+        if not file.is_file():
+            return
+        # With the run's encoder: the folder's own may not be at hand, and a run may take another.
+        stated = read_network_config(self.folder, vision=config.vision)
+        apart = [*config_differences(config, stated, skipped=_OF_A_RUN)]
+        apart += [d._replace(name=f"lm.{d.name}") for d in lm_differences(config.lm, stated.lm)]
+        if config.lm.tied != stated.lm.tied:
+            apart.append(Difference("lm.tied", config.lm.tied, stated.lm.tied))
+        # Parameters have our names in a folder, whatever the published weights call them.
+        refuse([d for d in apart if d.name != "lm.naming"], str(file), "model.")
 
     def values(
         self, otherwise: Callable[[str, nn.Parameter], Tensor]

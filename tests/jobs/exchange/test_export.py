@@ -1,6 +1,7 @@
 """A trained run becomes one folder that any tensor-parallel layout reads back to the same logits."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,60 @@ def test_a_wrong_tensor_is_named(run, tmp_path, change, says):
     rewrite(folder, change)
     with single_process() as topology, pytest.raises(ValueError, match=says):
         build(folder, topology)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "says"),
+    [
+        ("resampler", "activation", "relu", "resampler.activation is relu in the run, sqrelu in"),
+        ("gated", "norm_eps", 0.1, "gated.norm_eps is 0.1 in the run, 1e-05 in"),
+        (
+            "lm",
+            "rope_base",
+            7.0,
+            "lm.rope_base is 7 in the run, 10000 in {folder}/config.json; set model.lm.rope_base=",
+        ),
+        ("gated", "attend_all", True, "gated.attend_all is True in the run, False in"),
+    ],
+)
+def test_another_setting_than_the_folders_is_refused_by_name(exported, part, option, value, says):
+    config = read_network_config(exported)
+    config = replace(config, **{part: replace(getattr(config, part), **{option: value})})
+    parallel = ParallelConfig(zero_stage=0)
+    with (
+        single_process() as topology,
+        pytest.raises(ValueError, match=re.escape(says.format(folder=exported))),
+    ):
+        build_model(config, parallel, topology, dtype=torch.float32, seed=0)
+
+
+def test_settings_of_a_run_may_be_others_than_the_folders(exported):
+    config = read_network_config(exported)
+    changed = replace(
+        config,
+        lm=replace(config.lm, weight_storage="int8", extra_like=(1, 2), alibi_max=4.0),
+        resampler=replace(
+            config.resampler, implementation="reference", latents_std=1.0, shared_feature_kv=True
+        ),
+        gated=replace(config.gated, gate_init=0.0, implementation="reference"),
+        vision_batch=3,
+    )
+    with single_process() as topology:
+        build_model(changed, ParallelConfig(zero_stage=0), topology, dtype=torch.float32, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "config.json cannot be read as JSON"),
+        ("[]", "config.json holds list"),
+        ('{"format": "flamingo-dist", "version": 1}', "config.json states no model"),
+    ],
+)
+def test_a_malformed_config_is_named(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{says}"):
+        read_network_config(tmp_path)
 
 
 def test_what_cannot_be_exported_is_an_error(run, exported, tmp_path):
