@@ -136,15 +136,14 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: when one of the two files is absent.
-            ValueError: when the configuration names no EOS token.
+            ValueError: when a file cannot be read, or the configuration names no EOS token.
         """
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (Path(folder) / name).is_file():
                 raise FileNotFoundError(
                     f"no {name} in {folder}; save the tokenizer there with save_pretrained"
                 )
-        backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+        backend, settings = _read_hf(Path(folder))
         ids: dict[str, int | None] = {}
         for name in ("bos", "eos", "pad"):
             token = settings.get(f"{name}_token")
@@ -205,3 +204,20 @@ class Tokenizer:
             return bytes(i for i in ids if i < _BYTES).decode("utf-8", errors="replace")
         plain = [int(i) for i in ids if i < self.vocab_size]
         return str(self._backend.decode(plain, skip_special_tokens=True))
+
+
+def _read_hf(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return the tokenizer and its settings, or raise `ValueError` with the name of the file that is damaged."""
+    path = folder / "tokenizer.json"
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__} instead of a JSON object")
+    return backend, settings

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[given[0]][0](given[1:])
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except Exception as error:
         from jobs.errors import is_for_users
 
         if not is_for_users(error):

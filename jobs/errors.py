@@ -20,5 +20,8 @@ class RunFailedError(RuntimeError):
 
 
 def is_for_users(error: BaseException) -> bool:
-    """Return whether `error`'s message is all that a person needs."""
-    return isinstance(error, (*USER_ERRORS, RunFailedError))
+    """Return whether `error`'s message is all that a person needs.
+
+    An `OSError` is: a server that does not answer, a full disk, a file in the place of a folder.
+    """
+    return isinstance(error, (*USER_ERRORS, RunFailedError, OSError))

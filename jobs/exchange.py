@@ -13,6 +13,7 @@ import tyro
 from torch import Tensor
 
 from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.from_json import json_object
 from flamingo_dist.models.exchange import idefics, open_flamingo
 from flamingo_dist.models.exchange.folder import VISION, new_folder, write_network
 from flamingo_dist.models.exchange.rules import check_tensors, read_ours, read_theirs, their_shapes
@@ -188,7 +189,8 @@ def _stand_in(width: int) -> VisionConfig:
 def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) -> str:
     from transformers import AutoConfig
 
-    if json.loads((local / "config.json").read_text()).get("model_type") != "idefics":
+    config_file = json_object((local / "config.json").read_bytes(), join_url(source, "config.json"))
+    if config_file.get("model_type") != "idefics":
         raise ValueError(f"{source} is no IDEFICS checkpoint (its config.json says another model_type).")
     # Through transformers, so that an option which the file leaves out has the value that it has there.
     stated = AutoConfig.from_pretrained(local).to_dict()
@@ -207,7 +209,10 @@ def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) ->
     check_tensors(outside, their_shapes(rules, shapes), source, ignored=derived)
     tower.check()
     processor = local / "preprocessor_config.json"
-    write_tower(folder / VISION, tower, json.loads(processor.read_text()) if processor.is_file() else None)
+    pictures = (
+        json_object(processor.read_bytes(), join_url(source, processor.name)) if processor.is_file() else None
+    )
+    write_tower(folder / VISION, tower, pictures)
     dtype = str(stated.get("dtype") or "float32").removeprefix("torch.")
     told = {"dtype": next((n for n, t in DTYPES.items() if str(t) == f"torch.{dtype}"), "bf16")}
     write_network(

@@ -1,17 +1,17 @@
 """`flamingo generate`: captions or answers for images after a few-shot prompt, by a trained run or a network folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipeline.errors import BadSampleError
 from data_pipeline.media import MediaConfig, decode_image, decode_video
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
 from flamingo_dist.inference.prompt import prompt_of_texts
-from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config
+from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config, read_stated
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, single_process, world_device
 from flamingo_dist.training.build import build_model
@@ -68,7 +68,7 @@ def _source(folder: Path, wanted: str) -> _Source:
             raise ValueError(
                 f"{folder} holds no tokenizer; export it from a run, or import a folder that has one."
             )
-        stated = json.loads((folder / "config.json").read_text())
+        stated = read_stated(folder)
         return _Source(
             model=read_network_config(folder),
             tokenizer=tokenizer,
@@ -94,7 +94,7 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
     """Return (image path, text) for every image.
 
     Raises:
-        ValueError: a shot that is not FILE=TEXT, or a run that cannot be read.
+        ValueError: a shot that is not FILE=TEXT, a file that is no image, or a run that cannot be read.
         CheckpointError: no such checkpoint.
     """
     shots = [_split_shot(text) for text in arguments.shot]
@@ -149,5 +149,10 @@ def _frames(file: str, config: MediaConfig) -> torch.Tensor:
     blob = path.read_bytes()
     extension = path.suffix.lstrip(".").lower()
     moving = extension in ("mp4", "webm", "mkv", "mov", "avi")
-    pixels: Any = decode_video(blob, extension, 1, config) if moving else decode_image(blob, config)[None]
+    try:
+        pixels: Any = decode_video(blob, extension, 1, config) if moving else decode_image(blob, config)[None]
+    except BadSampleError as error:
+        raise ValueError(
+            f"{file} cannot be shown: {error.cause} ({error.detail}); give image files."
+        ) from error
     return torch.from_numpy(pixels.copy())

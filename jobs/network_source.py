@@ -1,6 +1,5 @@
 """A network whose parameters are read one by one, from a run, a checkpoint or a network folder."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import TokenizerConfig
-from flamingo_dist.models.exchange.folder import NetworkFolder, is_network_folder, read_network_config
+from flamingo_dist.models.exchange.folder import (
+    NetworkFolder,
+    is_network_folder,
+    read_network_config,
+    read_stated,
+)
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.build import parameter_values
@@ -88,7 +92,7 @@ def _open_network_folder(path: Path, topology: Topology) -> Network:
     first = _first_values(config, model, topology, seed=0)
     params = dict(model.named_parameters())
     value_of = folder.values(lambda name, _: first(name))
-    stated = json.loads((path / "config.json").read_text())
+    stated = read_stated(path)
     card = path / "README.md"
     return Network(
         config=config,

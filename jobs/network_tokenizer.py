@@ -1,7 +1,6 @@
 """The tokenizer of a network folder, so that the folder alone is enough to generate."""
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenizer import TokenizerConfig
+from flamingo_dist.from_json import json_object
 from flamingo_dist.inference.prompt import Encode
+from flamingo_dist.models.exchange.folder import read_stated
 
 FOLDER = "tokenizer"
 """Folder inside the network folder."""
@@ -36,7 +37,7 @@ def write_tokenizer(folder: Path, config: TokenizerConfig | None) -> dict[str, A
 
 def read_tokenizer(folder: Path) -> TokenizerConfig | None:
     """Return the tokenizer of the network folder `folder`, or None where it holds none."""
-    stated = json.loads((folder / "config.json").read_text()).get("tokenizer")
+    stated = read_stated(folder).get("tokenizer")
     if stated is None:
         return None
     path = str(folder / stated["path"]) if stated["path"] else ""
@@ -46,7 +47,7 @@ def read_tokenizer(folder: Path) -> TokenizerConfig | None:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Return the ids of the tokens that the tokenizer in a Hugging Face folder has added, by name; {} without one."""
     file = folder / _FILES[0]
-    held = json.loads(file.read_text()) if file.is_file() else {}
+    held = json_object(file.read_bytes(), str(file)) if file.is_file() else {}
     return {token["content"]: token["id"] for token in held.get("added_tokens", ())}
 
 

@@ -1,9 +1,8 @@
 """Reading back the configuration that a run folder holds."""
 
-import json
 from pathlib import Path
 
-from flamingo_dist.from_json import from_json
+from flamingo_dist.from_json import from_json, json_object
 from jobs.config import RunConfig
 
 
@@ -17,7 +16,7 @@ def load_run_config(folder: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no config.json); give a run folder such as runs/demo.")
     try:
-        config: RunConfig = from_json(RunConfig, json.loads(path.read_text()))
-    except (KeyError, TypeError) as error:
+        config: RunConfig = from_json(RunConfig, json_object(path.read_bytes(), str(path)))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not fit this version of the code: {error}.") from error
     return config

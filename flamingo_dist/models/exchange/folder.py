@@ -38,8 +38,8 @@ _OF_A_RUN = (
     ),
     *("resampler.shared_feature_kv", "resampler.implementation", "gated.implementation"),
 )
-"""Settings that may differ from a folder's: the LM's are compared by themselves, the others say where weights are, what a
-network without weights starts from, or which way the same function is computed."""
+"""Settings that may differ from a folder's: the LM's are compared by themselves, the others say where weights are,
+what a network without weights starts from, or which way the same function is computed."""
 
 
 @contextmanager
@@ -108,8 +108,18 @@ def is_network_folder(folder: Path) -> bool:
     Raises:
         ValueError: its `config.json` cannot be read.
     """
+    return (folder / "config.json").is_file() and read_stated(folder).get("format") == FORMAT
+
+
+def read_stated(folder: Path) -> dict[str, Any]:
+    """Return what the `config.json` of a folder states.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object.
+    """
     file = folder / "config.json"
-    return file.is_file() and json_object(file.read_bytes(), str(file)).get("format") == FORMAT
+    return json_object(file.read_bytes(), str(file))
 
 
 def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> FlamingoConfig:
@@ -124,15 +134,14 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
     """
     if not is_network_folder(folder):
         raise ValueError(f"{folder} is no folder that `flamingo export` or `flamingo import` wrote.")
-    file = folder / "config.json"
-    stated = json_object(file.read_bytes(), str(file))
+    stated = read_stated(folder)
     if stated.get("version") != VERSION:
         raise ValueError(
             f"{folder} is of version {stated.get('version')}, this code reads version {VERSION}."
         )
     model = stated.get("model")
     if not (isinstance(model, dict) and isinstance(model.get("vision"), dict)):
-        raise ValueError(f"{file} states no model; was it changed? Write the folder again.")
+        raise ValueError(f"{folder}/config.json states no model; was it changed? Write the folder again.")
     if vision is not None:
         model["vision"] = dataclasses.asdict(vision)
     else:

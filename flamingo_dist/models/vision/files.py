@@ -1,7 +1,6 @@
 """Files of vision encoders at any fsspec URL: tensors, JSON, and what identifies or copies them."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flamingo_dist.from_json import json_object
 from flamingo_dist.models.vision.haiku_file import read_pickle
 from flamingo_dist.models.weights.ranges import RangeFile, join_url, list_names
 from flamingo_dist.models.weights.safetensors import INDEX, SINGLE, SafetensorsSource
@@ -82,9 +82,13 @@ def _is_folder(url: str) -> bool:
 
 
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
-    """Return the JSON object in the file `name` of a folder, or None where there is no such file."""
+    """Return the JSON object in the file `name` of a folder, or None where there is no such file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     file = RangeFile(join_url(folder, name))
-    return json.loads(file.read_all()) if file.exists() else None
+    return json_object(file.read_all(), file.url) if file.exists() else None
 
 
 def content_hash(url: str) -> str:

@@ -44,11 +44,20 @@ class RangeFile:
         Args:
             url: any fsspec URL, or a plain path.
             attempts: times that a read is tried; None is `ATTEMPTS`.
+
+        Raises:
+            ValueError: nothing here reads such URLs.
         """
         self.url = url
         self.bytes_read = 0
         self.attempts = ATTEMPTS if attempts is None else attempts
-        self._fs, self._path = fsspec.core.url_to_fs(url)
+        try:
+            self._fs, self._path = fsspec.core.url_to_fs(url)
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # fsspec says which package is missing, or which protocols it knows
+            raise ValueError(f"{url} cannot be read here: {error}") from error
         self._local: IO[bytes] | None = None
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self.max_gap = LOCAL_GAP if self.is_local else REMOTE_GAP
@@ -139,6 +148,10 @@ class RangeFile:
             try:
                 return call()
             except Exception as error:
+                if isinstance(error, PermissionError) and self.url not in str(error):
+                    raise PermissionError(
+                        f"{self.url}: {error or 'no permission'}; are there credentials for it?"
+                    ) from error
                 if isinstance(error, _FINAL) and not _is_busy_server(error):
                     raise
                 if attempt == self.attempts:

@@ -5,15 +5,15 @@ read along (`ranges.REMOTE_GAP`), in blocks, into a buffer of bounded size. Noth
 one block is held.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flamingo_dist.from_json import json_object
 from flamingo_dist.models.weights.ranges import RangeFile, join_url, list_names
 from flamingo_dist.models.weights.source import ALL
 
@@ -176,7 +176,7 @@ def _find_files(url: str) -> dict[str, str]:
         return {url.rsplit("/", 1)[-1]: url}
     index = RangeFile(join_url(url, INDEX))
     if index.exists():
-        names = sorted(set(json.loads(index.read_all())["weight_map"].values()))
+        names = _indexed(index)
     elif RangeFile(join_url(url, SINGLE)).exists():
         names = [SINGLE]
     else:
@@ -189,21 +189,27 @@ def _find_files(url: str) -> dict[str, str]:
     return {name: join_url(url, name) for name in names}
 
 
+def _indexed(index: RangeFile) -> list[str]:
+    """Return the names of the files that an index names."""
+    files = json_object(index.read_all(), index.url).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(
+            f"{index.url} is no index of safetensors: its weight_map must say which file holds which tensor."
+        )
+    return sorted(set(files.values()))
+
+
 def _read_header(file: RangeFile) -> _Header:
     """Return what a file's header states."""
     try:
         size, blob = _header_bytes(file)
-        entries = json.loads(blob)
     except FileNotFoundError as error:
         raise ValueError(f"{file.url} is not there.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file.url} cannot be read as safetensors: {type(error).__name__}: {error}"
-        ) from error
+    entries = json_object(blob, f"{file.url} cannot be read as safetensors: its header")
     entries.pop("__metadata__", None)
     tensors, end = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    read = [(name, *_entry(file, name, entry)) for name, entry in entries.items()]
+    for name, kind, shape, start, stop in sorted(read, key=lambda one: one[3:]):
         item = DTYPES[kind].itemsize if kind in DTYPES else _COUNTER_BYTES.get(kind)
         if item is None:
             raise _unknown(file, name, kind)
@@ -218,6 +224,19 @@ def _read_header(file: RangeFile) -> _Header:
     if file.is_local:
         header.check_size()
     return header
+
+
+def _entry(file: RangeFile, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape, first and end byte of a tensor from its entry in the header."""
+    match entry:
+        case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
+            type(size) is int and size >= 0 for size in shape
+        ):
+            return kind, tuple(shape), start, stop
+    raise ValueError(
+        f"{file.url} is damaged: its header says {str(entry)[:100]} of tensor {name}, but must say dtype, shape and "
+        "data_offsets."
+    )
 
 
 def _header_bytes(file: RangeFile) -> tuple[int, bytes]:

@@ -138,9 +138,8 @@ def test_a_run_reads_every_byte_once_from_a_server(ranks, saved, family, world, 
     layout = lm_layout(read_lm_config(str(folder / family)))
     whole = [layout.stored[cut.pieces[0].name] for cut in layout.cuts.values() if cut.how == "whole"]
     norms = 4 * sum(math.prod(shape) for shape in whole)
-    # All ranks read headers, a byte to see whether the file is there, and config.json, once for the settings and once to
-    # compare them with; every weight is read once,
-    # norms and what else is not cut by each tensor-parallel rank.
+    # All ranks read headers, a byte to see whether the file is there, and config.json, once for the settings and once
+    # to compare them with; every weight is read once, norms and what else is not cut by each tensor-parallel rank.
     assert sent == size + norms * (tensor - 1) + (world - 1) * headers + world * (2 * config + 1)
     assert [read for read, _ in found[tensor:]] == [headers] * (world - tensor)
 
@@ -262,7 +261,9 @@ def test_damaged_files_are_named(saved, tmp_path):
         whole[:50]: "cut off: it has 50 bytes",
         whole[:5]: "no safetensors file",
         struct.pack("<Q", 1 << 60) + whole[8:]: "no safetensors file",
-        whole[:8] + b"x" * header + whole[8 + header :]: "cannot be read as safetensors: JSONDecodeError",
+        whole[:8]
+        + b"x" * header
+        + whole[8 + header :]: "cannot be read as safetensors: its header cannot be read as JSON",
         whole[:8] + moved + whole[8 + header :]: "its header puts tensor",
     }.items():
         file.write_bytes(damaged)
@@ -273,6 +274,37 @@ def test_damaged_files_are_named(saved, tmp_path):
         open_lm_weights(config)
     with pytest.raises(ValueError, match=r"nowhere has no config.json"):
         read_lm_config(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("[]", "its header holds list '[]' instead of a JSON object"),
+        ("null", "its header holds NoneType"),
+        ("[" * 200_000, "its header cannot be read as JSON"),
+        ({"shape": [1], "data_offsets": [0, 4]}, "of tensor w, but must say dtype, shape and data_offsets"),
+        ([1], "its header says [1] of tensor w"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": "x"}, "of tensor w, but must say"),
+        ({"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}, "of tensor w, but must say"),
+        ({"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}, "of tensor w, but must say"),
+    ],
+)
+def test_a_malformed_header_is_named(tmp_path, header, says):
+    text = (header if isinstance(header, str) else json.dumps({"w": header})).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/model.safetensors") + ".*" + re.escape(says)):
+        SafetensorsSource(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}']
+)
+def test_a_malformed_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/model.safetensors.index.json (cannot|holds|is no index)"
+    ):
+        SafetensorsSource(str(tmp_path))
 
 
 def test_a_remote_file_that_is_cut_off_is_seen_when_asked_or_read(tmp_path):

@@ -133,13 +133,20 @@ def test_a_checkpoint_and_an_exported_folder_can_be_exported_too(run, exported, 
         assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes())
 
 
-def test_captions_come_from_the_folder_alone(exported, tmp_path):
+def test_captions_come_from_the_folder_alone(run, exported, tmp_path):
     stated = json.loads((exported / "config.json").read_text())
     assert TokenizerConfig(**stated["tokenizer"]) == run_config().data.tokenizer
     file = tmp_path / "image.png"
     Image.new("RGB", (20, 20), (200, 10, 10)).save(file)
-    arguments = GenerateArguments(run=str(exported), image=(str(file),), max_new_tokens=2)
-    assert len(generate_captions(arguments)) == 1
+    arguments = GenerateArguments(run=str(exported), image=(str(file),), max_new_tokens=8)
+    ((path, caption),) = generate_captions(arguments)
+    assert path == str(file)
+    assert len(caption) == 8, "a byte a token, and none of them ends the text"
+    assert generate_captions(replace(arguments, run=str(run[0]))) == [(path, caption)]
+    with pytest.raises(
+        ValueError, match=rf"{exported}/README.md cannot be shown: corrupt image .*; give image files"
+    ):
+        generate_captions(replace(arguments, image=(f"{exported}/README.md",)))
 
 
 @pytest.mark.parametrize(
