@@ -21,7 +21,7 @@ from flamingo_dist.models.exchange.tensors import SHARD_BYTES, write_tensors
 from flamingo_dist.models.exchange.vision_tower import SETTINGS, Tower, tower_of, tower_settings, write_tower
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.weights import read_lm_config
-from flamingo_dist.models.weights.ranges import RangeFile, join_url
+from flamingo_dist.models.weights.ranges import RangeFile, absolute, join_url
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.training.config import DTYPES
@@ -258,6 +258,10 @@ def _import_open_flamingo(source: str, local: Path, folder: Path, arguments: Imp
             "give --image-id and --end-of-chunk-id: open_flamingo adds <|endofchunk|>, <image> and perhaps <PAD> "
             "to the tokenizer, in this order, from its length on."
         )
+    if arguments.image_id == arguments.end_of_chunk_id:
+        raise ValueError(
+            f"--image-id and --end-of-chunk-id are both {arguments.image_id}; they are two tokens, so give two ids."
+        )
     file = open_flamingo.OpenFlamingoFile(local, source)
     lm = read_lm_config(arguments.lm)
     width = file.shapes()["perceiver.latents"][1]
@@ -271,9 +275,7 @@ def _import_open_flamingo(source: str, local: Path, folder: Path, arguments: Imp
         parameters,
         vision={
             "name": "clip",
-            "weights": arguments.vision
-            if "://" in arguments.vision
-            else str(Path(arguments.vision).resolve()),
+            "weights": absolute(arguments.vision),
         },
         more={
             "dtype": "bf16",

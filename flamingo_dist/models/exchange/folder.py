@@ -19,6 +19,7 @@ from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.stated_config import Difference, config_differences, lm_differences, refuse
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.vision.files import copy_weights
+from flamingo_dist.models.weights.ranges import absolute
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
@@ -77,7 +78,7 @@ def write_network(
         folder: see `new_folder`.
         config: the network.
         parameters: whole parameters by their names in `Flamingo`, of any shape; all, or the trainable ones alone (the
-            others then come from `config.lm`).
+            others then come from `config.lm.weights`, of which a local path is written whole).
         vision: settings of the vision encoder where they are not `config.vision`, with paths inside `folder`.
         more: further JSON values of `config.json`.
         shard_bytes: size that a file does not exceed.
@@ -87,6 +88,8 @@ def write_network(
     shapes = write_tensors(folder, parameters, shard_bytes=shard_bytes)
     if _holds_frozen(shapes):
         stated["lm"]["weights"] = None
+    elif config.lm.weights is not None:
+        stated["lm"]["weights"] = absolute(config.lm.weights)
     stated["weights"] = None
     written = {"format": FORMAT, "version": VERSION, "model": stated, **(more or {})}
     (folder / "config.json").write_text(json.dumps(written, indent=1))

@@ -6,7 +6,7 @@ phase are read from the names. The frozen language model and the vision encoder 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,17 @@ class OpenFlamingoFile:
         except Exception as error:  # whatever the unpickler meets
             raise ValueError(f"{self.where} cannot be read as a file of tensors: {error}") from error
         state = held.get("model_state_dict", held) if isinstance(held, dict) else {}
+        state = state if isinstance(state, dict) else {}
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in state.items():
-            self._take(name, tensor)
+            self._take(str(name), tensor)
         self.blocks = sorted({int(n.split(".")[1]) for n in self.tensors if n.startswith("gated.")})
         if not self.blocks or "perceiver.latents" not in self.tensors or "embedding" not in self.tensors:
             raise ValueError(
                 f"{self.where} is no checkpoint of open_flamingo: it needs perceiver.*, gated cross-attention "
-                f"layers and the language model's input embedding; it holds {sorted(state)[:5]} ..."
+                f"layers and the language model's input embedding; it holds {sorted(map(str, state))[:5]} ..."
             )
+        self.check_matrices("perceiver.latents", "embedding", *(("head",) if "head" in self.tensors else ()))
 
     def _take(self, name: str, tensor: Any) -> None:
         short = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
@@ -82,6 +84,10 @@ class OpenFlamingoFile:
             return
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{self.where}: {name} is no tensor but {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{self.where}: {name} is stored as {tensor.dtype}; weights are floating-point numbers."
+            )
         if short in self.tensors and not torch.equal(self.tensors[short], tensor):
             raise ValueError(f"{self.where}: {name} is there twice, with different values.")
         self.tensors[short] = tensor
@@ -90,9 +96,35 @@ class OpenFlamingoFile:
         """Return the shape of every tensor of the resampler and the gated blocks."""
         return {n: t.shape for n, t in self.tensors.items() if n not in ("embedding", "head")}
 
+    def check_matrices(self, *names: str) -> None:
+        """Raise `ValueError` unless the tensors of these names have two dimensions, neither of them empty."""
+        for name in names:
+            shape = tuple(self.tensors[name].shape)
+            if len(shape) != 2 or not all(shape):
+                raise ValueError(f"{self.where}: {name} has shape {shape}, but must be a matrix.")
+
     def read(self, name: str) -> Tensor:
-        """Return a tensor, of any shape."""
-        return self.tensors[name]
+        """Return a tensor, of any shape.
+
+        Raises:
+            ValueError: it holds values that are not finite.
+        """
+        return self._finite(self.tensors[name], name)
+
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Return rows [N, D] of the tensor `name` in memory of their own.
+
+        Raises:
+            ValueError: they hold values that are not finite.
+        """
+        return self._finite(self.tensors[name][list(numbers)].clone(), name)
+
+    def _finite(self, tensor: Tensor, name: str) -> Tensor:
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{self.where}: {name} holds values that are not finite; was the training stable?"
+            )
+        return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +161,19 @@ def network_config(file: OpenFlamingoFile, lm: LMConfig, vision: VisionConfig) -
     missing = [name for name in names if name not in shapes]
     if missing:
         raise ValueError(f"{file.where} does not hold this network: missing {missing}.")
+    file.check_matrices(*names)
     latents, width = shapes["perceiver.latents"]
     inner, hidden, inner_gated, hidden_gated = (shapes[name][0] for name in names)
-    layers = {int(n.split(".")[2]) for n in shapes if n.startswith("perceiver.layers.")}
+    # What is named otherwise is surplus, and a gap is missing.
+    layers = {n.split(".")[2] for n in shapes if n.startswith("perceiver.layers.")}
+    depth = next(i for i in range(len(layers) + 1) if str(i) not in layers)
     return FlamingoConfig(
         lm=lm,
         vision=vision,
         resampler=ResamplerConfig(
             feature_width=width,
             width=width,
-            depth=max(layers) + 1,
+            depth=depth,
             latents=latents,
             heads=inner // HEAD_DIM,
             head_dim=HEAD_DIM,
@@ -238,4 +273,4 @@ def _new_rows(file: OpenFlamingoFile, kind: str, lm: LMConfig, tokens: NewTokens
             )
     if table.shape[1] != lm.width:
         raise ValueError(f"{file.where}: the {kind} is {table.shape[1]} wide, the language model {lm.width}.")
-    return table[[tokens.image, tokens.end_of_chunk]].clone()
+    return file.rows(kind, (tokens.image, tokens.end_of_chunk))

@@ -25,6 +25,12 @@ def join_url(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def absolute(url: str) -> str:
+    """Return a URL as it is, and a local path from the root, so that it means the same in any working directory."""
+    # Links stay: the files of Hugging Face's cache are links from names with endings to names without.
+    return url if "://" in url else os.path.abspath(url)
+
+
 def list_names(folder: str, ending: str) -> list[str]:
     """Return the names in `folder`, any fsspec URL, that end in `ending`; none where the storage cannot list."""
     fs, path = fsspec.core.url_to_fs(folder)

@@ -5,7 +5,10 @@ reference; elsewhere flamingo-pytorch's modules are, which it copied, names incl
 """
 
 import importlib.util
+import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flamingo_dist.models.exchange.folder import read_network_config
+from flamingo_dist.models.exchange.folder import read_network_config, write_network
 from flamingo_dist.models.vision import VisionConfig
 from jobs.exchange import ImportArguments, import_network
 from tests.data_pipeline.servers import flaky_server
@@ -207,6 +210,28 @@ TO_KV = "perceiver.layers.2.0.to_kv.weight"
             lambda s: s.update({"module.perceiver.latents": s["perceiver.latents"] + 1}),
             "module.perceiver.latents is there twice",
         ),
+        (
+            lambda s: s["perceiver.latents"].fill_(math.nan),
+            "perceiver.latents holds values that are not finite",
+        ),
+        (lambda s: s[TO_KV].fill_(math.inf), f"{TO_KV} holds values that are not finite"),
+        (
+            lambda s: s["lang_encoder.model.embed_tokens.weight"][IMAGE].fill_(math.nan),
+            "embedding holds values that are not finite",
+        ),
+        (
+            lambda s: s.update({"perceiver.latents": torch.zeros(64, FEATURES, dtype=torch.int64)}),
+            "perceiver.latents is stored as torch.int64",
+        ),
+        (
+            lambda s: s.update({"perceiver.latents": torch.zeros(5)}),
+            "perceiver.latents has shape (5,), but must be a matrix",
+        ),
+        (
+            lambda s: s.update({"perceiver.layers.0.1.1.weight": torch.zeros(())}),
+            "perceiver.layers.0.1.1.weight has shape (), but must be a matrix",
+        ),
+        (lambda s: s.update({"perceiver.layers.x.w": torch.zeros(2)}), "surplus ['perceiver.layers.x.w']"),
     ],
 )
 def test_a_wrong_tensor_is_named(lm_folder, tmp_path, change, says):
@@ -229,12 +254,28 @@ def test_blocks_of_another_depth_are_refused(lm_folder, tmp_path):
         ({"lm": ""}, "--lm"),
         ({"vision": ""}, "--vision"),
         ({"image_id": -1}, "--image-id"),
+        ({"image_id": EOC}, f"--image-id and --end-of-chunk-id are both {EOC}"),
         ({"image_id": 99}, "<image> is token 99, but the embedding has 63 rows"),
     ],
 )
 def test_what_the_file_does_not_hold_is_asked_for(lm_folder, tmp_path, options, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         run_import(tmp_path, state_dict(), lm_folder, **options)
+
+
+def test_local_paths_are_written_whole_and_urls_as_they_are(lm_folder, tmp_path, monkeypatch):
+    """A folder is used from another working directory than the one of the import or the export."""
+    monkeypatch.chdir(lm_folder.parent)
+    folder = run_import(tmp_path, state_dict(), lm_folder, lm=lm_folder.name, vision="towers/clip")
+    stated = json.loads((folder / "config.json").read_text())["model"]
+    assert stated["lm"]["weights"] == str(lm_folder)
+    assert stated["vision"]["weights"] == str(lm_folder.parent / "towers" / "clip")
+    config = read_network_config(folder, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    for given, written in {lm_folder.name: str(lm_folder), "s3://models/lm": "s3://models/lm"}.items():
+        place = tmp_path / given.replace("/", "-")
+        place.mkdir()
+        write_network(place, replace(config, lm=replace(config.lm, weights=given)), [])
+        assert json.loads((place / "config.json").read_text())["model"]["lm"]["weights"] == written
 
 
 class Evil:
