@@ -73,12 +73,19 @@ class Storage:
         return {**self.__dict__, "_opened": {}}
 
     def open_fs(self, url: str) -> tuple[Any, str]:
-        """Return the file system of a URL and the path in it; equal ones share connections."""
+        """Return the file system of a URL and the path in it; equal ones share connections.
+
+        Raises:
+            ValueError: the package that reads such URLs is not installed.
+        """
         found = self._opened.get(url)
         if found is None:
             if len(self._opened) >= _REMEMBERED_URLS:
                 self._opened.clear()
-            found = self._opened[url] = fsspec.core.url_to_fs(url, **self._options)
+            try:
+                found = self._opened[url] = fsspec.core.url_to_fs(url, **self._options)
+            except ImportError as error:  # says which one
+                raise ValueError(f"{url} cannot be read here: {error}") from error
         return found
 
     def tried(self, call: Callable[[], _Value], what: str) -> _Value:

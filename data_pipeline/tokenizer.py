@@ -12,6 +12,8 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from data_pipeline.storage import Storage
+
 _BYTES = 256
 _CONTROL_TOKEN = 3  # llama.cpp's token type of control tokens
 
@@ -23,7 +25,7 @@ class TokenizerConfig:
     kind: Literal["gguf", "hf", "bytes"] = "bytes"
     """"gguf": inside a GGUF file; "hf": a folder with `tokenizer.json`; "bytes": one token a byte."""
     path: str = ""
-    """GGUF file or folder; empty for "bytes"."""
+    """GGUF file on every machine, or folder at any fsspec URL; empty for "bytes"."""
     vocab_size: int | None = None
     """Vocabulary of the language model, often larger than the tokenizer's; None takes the tokenizer's."""
     bos_id: int | None = None
@@ -134,16 +136,16 @@ class Tokenizer:
         Models without a BOS token (GPT-2, Qwen) begin sequences with EOS, as is usual; PAD falls back on EOS
         too.
 
+        Args:
+            folder: at any fsspec URL; credentials and endpoints come from the environment.
+            vocab_size: vocabulary of the language model; None takes the tokenizer's.
+
         Raises:
             FileNotFoundError: when one of the two files is absent.
+            OSError: when the storage does not give them.
             ValueError: when a file cannot be read, or the configuration names no EOS token.
         """
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(
-                    f"no {name} in {folder}; save the tokenizer there with save_pretrained"
-                )
-        backend, settings = _read_hf(Path(folder))
+        backend, settings = _read_hf(str(folder))
         ids: dict[str, int | None] = {}
         for name in ("bos", "eos", "pad"):
             token = settings.get(f"{name}_token")
@@ -206,18 +208,26 @@ class Tokenizer:
         return str(self._backend.decode(plain, skip_special_tokens=True))
 
 
-def _read_hf(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Return the tokenizer and its settings, or raise `ValueError` with the name of the file that is damaged."""
-    path = folder / "tokenizer.json"
+def _read_hf(folder: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return the tokenizer and its settings, or raise an error with the name of the file that is absent or damaged."""
+    blobs, storage = {}, Storage()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            blobs[name] = storage.read_all(f"{folder.rstrip('/')}/{name}")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"no {name} in {folder}; save the tokenizer there with save_pretrained, or name its folder"
+            ) from error
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(blobs["tokenizer.json"])
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
-    path = folder / "tokenizer_config.json"
+        raise ValueError(f"{folder}/tokenizer.json cannot be read as a tokenizer: {error}") from error
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(blobs["tokenizer_config.json"])
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{folder}/tokenizer_config.json cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {type(settings).__name__} instead of a JSON object")
+        raise ValueError(
+            f"{folder}/tokenizer_config.json holds {type(settings).__name__} instead of a JSON object"
+        )
     return backend, settings

@@ -232,7 +232,7 @@ def _import_idefics(source: str, local: Path, folder: Path, shard_bytes: int) ->
 
 def _check_added_tokens(source: str, local: Path, stated: Mapping[str, Any]) -> None:
     """Raise `ValueError` where the checkpoint's tokenizer gives IDEFICS' additional tokens other ids than we know."""
-    ids = added_tokens(local)
+    ids = added_tokens(str(local))
     for number, name in enumerate((idefics.FAKE_TOKEN, idefics.IMAGE_TOKEN), start=stated["vocab_size"]):
         if ids.get(name, number) != number:
             raise ValueError(

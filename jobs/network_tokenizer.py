@@ -2,15 +2,15 @@
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenizer import TokenizerConfig
-from flamingo_dist.from_json import json_object
 from flamingo_dist.inference.prompt import Encode
 from flamingo_dist.models.exchange.folder import read_stated
+from flamingo_dist.models.vision.files import read_json
+from flamingo_dist.models.weights.ranges import RangeFile, absolute, join_url
 
 FOLDER = "tokenizer"
 """Folder inside the network folder."""
@@ -28,10 +28,10 @@ def write_tokenizer(folder: Path, config: TokenizerConfig | None) -> dict[str, A
     if config.kind == "hf":
         (folder / FOLDER).mkdir()
         for name in _FILES:
-            shutil.copy(Path(config.path) / name, folder / FOLDER / name)
+            RangeFile(join_url(config.path, name)).copy_to(folder / FOLDER / name)
         stated["path"] = FOLDER
     elif config.path:
-        stated["path"] = str(Path(config.path).resolve())
+        stated["path"] = absolute(config.path)
     return {"tokenizer": stated}
 
 
@@ -44,10 +44,13 @@ def read_tokenizer(folder: Path) -> TokenizerConfig | None:
     return TokenizerConfig(**{**stated, "path": path})
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of the tokens that the tokenizer in a Hugging Face folder has added, by name; {} without one."""
-    file = folder / _FILES[0]
-    held = json_object(file.read_bytes(), str(file)) if file.is_file() else {}
+def added_tokens(folder: str) -> dict[str, int]:
+    """Return the ids of the tokens that the tokenizer in a Hugging Face folder has added, by name; {} without one.
+
+    Args:
+        folder: at any fsspec URL.
+    """
+    held = read_json(folder, _FILES[0]) or {}
     return {token["content"]: token["id"] for token in held.get("added_tokens", ())}
 
 
@@ -60,7 +63,7 @@ def further_tokens(config: TokenizerConfig, ids: Collection[int]) -> dict[str, i
     """
     if config.kind != "hf" or not ids:
         return {}
-    return {name: number for name, number in added_tokens(Path(config.path)).items() if number in ids}
+    return {name: number for name, number in added_tokens(config.path).items() if number in ids}
 
 
 def encoding(encode: Encode, names: Mapping[str, int]) -> Encode:

@@ -3,9 +3,7 @@
 import os
 import random
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +179,3 @@ def ray_train_entry(settings: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         ray.get(task.control.finish.remote(outcome))
     dist.barrier()
-
-
-def spawned_entry(rank: int, world: int, store: str, task: WorkerTask) -> TrainOutcome:
-    """Entry point of a process started without Ray, for tests: `store` is a file for the rendezvous."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=task.config.parallel.collective_timeout_seconds),
-    )
-    try:
-        return train_process(task)
-    finally:
-        with suppress(RuntimeError):
-            dist.destroy_process_group()

@@ -116,7 +116,7 @@ def check_tokenizer(config: TokenizerConfig, vocab_size: int) -> Finding:
         tokenizer = config.load()
         ids = tokenizer.encode("A flamingo.")
     except Exception as error:  # the tokenizers package raises bare exceptions
-        remedy = "set --data.tokenizer.path to a GGUF file or a folder with tokenizer.json on this machine"
+        remedy = "set --data.tokenizer.path to a GGUF file on every machine, or a folder with tokenizer.json at any URL"
         return fail("tokenizer", f"{config.kind} {config.path}: {first_line(error)}", remedy)
     if tokenizer.vocab_size != vocab_size or max(ids) >= vocab_size:
         remedy = f"set --data.tokenizer.vocab-size {vocab_size}, or the tokenizer of this language model"

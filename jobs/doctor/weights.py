@@ -45,7 +45,7 @@ def check_network(model: FlamingoConfig) -> Finding:
     try:
         says = _found_whole(str(folder))
         network = NetworkFolder(folder, tp_rank=0, tp_size=1)
-        network.check(empty_network(model), model.lm.vocab_size)
+        network.check(empty_network(model), model)
         for name in network.tensors.shapes():
             network.tensors.read(name, NOTHING)
     except Exception as error:  # of storages, and of whatever a damaged folder makes stumble

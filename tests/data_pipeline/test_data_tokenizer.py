@@ -5,7 +5,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.registry import known_implementations
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,7 +99,7 @@ def test_gguf_errors(tmp_path: Path) -> None:
         Tokenizer.from_gguf(tmp_path / "ok.gguf", vocab_size=2)
 
 
-def test_hugging_face_folder(tmp_path: Path) -> None:
+def test_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "m.gguf")
     backend = Tokenizer.from_gguf(tmp_path / "m.gguf")._backend
     assert backend is not None
@@ -107,12 +109,33 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     tokenizer = TokenizerConfig(kind="hf", path=str(tmp_path)).load()
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
     assert tokenizer.encode(TEXT) == Tokenizer.from_gguf(tmp_path / "m.gguf").encode(TEXT)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/tokenizer-test/", recursive=True)
+    remote = TokenizerConfig(kind="hf", path="memory://tokenizer-test").load()
+    assert remote.fingerprint == tokenizer.fingerprint
+    for damaged in ("", "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{tmp_path}/tokenizer_config.json (cannot|holds list)"):
+            Tokenizer.from_hf(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="eos_token"):
         Tokenizer.from_hf(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
         Tokenizer.from_hf(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/tokenizer.json cannot be read as a tokenizer"):
+        Tokenizer.from_hf(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer.json in memory://nowhere; save the tokenizer there"
+    ):
+        Tokenizer.from_hf("memory://nowhere")
+    entry = {"class": "no_such_package.FileSystem", "err": "install no-such-package to read nosuch://"}
+    monkeypatch.setitem(known_implementations, "nosuch", entry)
+    with pytest.raises(
+        ValueError, match=r"nosuch://x/tokenizer.json cannot be read here: install no-such-package"
+    ):
+        Tokenizer.from_hf("nosuch://x")
 
 
 @pytest.mark.parametrize("settings", [{"kind": "gguf"}, {"kind": "bytes", "path": "x"}])

@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange.folder import read_network_config, write_network
 from flamingo_dist.models.vision import VisionConfig
 from jobs.exchange import ImportArguments, import_network
+from jobs.network_tokenizer import write_tokenizer
 from tests.data_pipeline.servers import flaky_server
 from tests.jobs.exchange.exchanging import logits, logits_of_ranks
 
@@ -276,6 +279,17 @@ def test_local_paths_are_written_whole_and_urls_as_they_are(lm_folder, tmp_path,
         place.mkdir()
         write_network(place, replace(config, lm=replace(config.lm, weights=given)), [])
         assert json.loads((place / "config.json").read_text())["model"]["lm"]["weights"] == written
+
+
+def test_a_tokenizer_at_a_url_is_copied(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        memory.pipe_file(f"/copied-tokenizer/{name}", name.encode())
+    config = TokenizerConfig(kind="hf", path="memory://copied-tokenizer", vocab_size=9)
+    stated = write_tokenizer(tmp_path, config)["tokenizer"]
+    assert (stated["path"], stated["vocab_size"]) == ("tokenizer", 9)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (tmp_path / "tokenizer" / "tokenizer_config.json").read_text() == "tokenizer_config.json"
 
 
 class Evil:
