@@ -1,9 +1,10 @@
 """DeepSpeed in one place: its configuration, building under ZeRO, filling and residency of weights."""
 
 import importlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -51,7 +52,12 @@ def deepspeed_config(
         "gradient_accumulation_steps": 1,
         "train_batch_size": topology.data,
         "gradient_clipping": 0.0 if plain else clip_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": dtype == torch.bfloat16},
+        "bf16": {
+            "enabled": dtype == torch.bfloat16,
+            "check_grad_overflow": dtype == torch.bfloat16,
+            # Stage 1: a gradient goes into its fp32 sum at once, instead of all of them standing in bf16 besides.
+            "immediate_grad_update": dtype == torch.bfloat16,
+        },
         # Sums over data sets and ranks stay exact to fp32 whatever the activations are.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -161,9 +167,10 @@ def make_engine(
     """
     if config["zero_optimization"]["stage"] == 3 and units:
         set_z3_leaf_modules(model, list(units))
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, mpu=MegatronMPU(), dist_init_required=False
-    )
+    with redirect_stdout(io.StringIO()):  # stage 1's optimizer prints the memory at each step of its making
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, mpu=MegatronMPU(), dist_init_required=False
+        )
     if config["zero_optimization"]["stage"] == 3:
         _unhook_without_parameters(model)
     return engine

@@ -105,8 +105,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Return the seconds of a step by part; they add up to the step.
 
-    Tensor-parallel sums stand in the way of the next product; of the data-parallel traffic the share `overlap`
-    hides behind computation, as far as there is computation to hide behind.
+    Tensor-parallel sums stand in the way of the next product; of the data-parallel traffic of ZeRO 2 and 3 the
+    share `overlap` hides behind computation, as far as there is computation to hide behind.
 
     Args:
         work: the run.
@@ -122,6 +122,7 @@ def step_seconds(
     for traffic in kinds.values():
         by_group[traffic.group] += traffic_seconds(traffic, machine, tp=tp)
     seconds["tensor_traffic"] = by_group["tensor"]
-    overlap = machine.assumptions.overlap
+    # ZeRO 2 and 3 reduce during the backward; DeepSpeed's lower stages reduce and gather when it is over.
+    overlap = machine.assumptions.overlap if work.parallel.zero_stage >= 2 else 0.0
     seconds["data_traffic_exposed"] = by_group["data"] - min(overlap * by_group["data"], hidden_by)
     return seconds

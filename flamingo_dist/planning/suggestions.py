@@ -34,6 +34,7 @@ def suggestions(work: Workload, machine: Machine) -> list[str]:
         if make_plan(replace(work, parallel=parallel), machine).layouts:
             found.append(f"parallel.activation_checkpointing={value}")
             break
+    found += _rows_in_parts(work, machine)
     if work.parallel.zero_stage != 3:
         parallel = replace(work.parallel, zero_stage=3)
         best = make_plan(replace(work, parallel=parallel), machine).layouts
@@ -46,6 +47,16 @@ def suggestions(work: Workload, machine: Machine) -> list[str]:
     doubled = (machine.gpus * 2**power for power in range(1, 11))
     found += _first_that_fits(work, machine, doubled)
     return found + _doubled_batches(work, machine)
+
+
+def _rows_in_parts(work: Workload, machine: Machine) -> list[str]:
+    """Return the largest power of two of rows at once that makes a layout fit, as a suggestion, or nothing."""
+    most = work.parallel.micro_rows or max(data.rows for data in work.datasets)
+    for power in range(math.ceil(math.log2(most)) - 1, -1, -1):
+        parallel = replace(work.parallel, micro_rows=2**power)
+        if make_plan(replace(work, parallel=parallel), machine).layouts:
+            return [f"parallel.micro_rows={2**power}"]
+    return []
 
 
 def _first_that_fits(work: Workload, machine: Machine, counts: Iterable[int]) -> list[str]:

@@ -16,7 +16,6 @@ from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
-from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.parallel.topology import ParallelConfig
@@ -114,13 +113,14 @@ def large_run(
     *,
     workers: int,
     tensor: int,
-    recompute: Recompute = False,
+    micro_rows: int = 0,
 ) -> RunConfig:
     """Return a run of the paper's schedule on `workers` GPUs in tensor-parallel groups of `tensor`.
 
-    Borders of pictures get the colour of the network's encoder. Nothing is recomputed where what the backward needs
-    fits beside the rest in 80 GB, up to 9B: by the planner a fifth to a quarter more tokens a second. The ranks of a
-    tensor-parallel group share a batch's images.
+    Borders of pictures get the colour of the network's encoder. Nothing is recomputed: what the backward needs fits
+    beside the rest in 80 GB, up to 9B for all rows at once, above that for `micro_rows` of them. ZeRO 1 then reduces
+    gradients once a step, where ZeRO 2 and 3 would for each part. The ranks of a tensor-parallel group share a batch's
+    images.
     """
     colour = network.vision.pad_colour
     train = {key: replace(dataset, pad_colour=colour) for key, dataset in data.train.items()}
@@ -133,9 +133,9 @@ def large_run(
         ),
         parallel=ParallelConfig(
             tensor=tensor,
-            zero_stage=3,
+            zero_stage=1 if micro_rows else 3,
             frozen="resident",
-            activation_checkpointing=recompute,
+            micro_rows=micro_rows,
             split_vision=tensor > 1,
         ),
         resources=ResourceConfig(
@@ -163,4 +163,4 @@ def flamingo_9b() -> RunConfig:
 def flamingo_80b() -> RunConfig:
     """Return Flamingo-80B: LM of 80 blocks of width 8192, a gated block before every 7th; 256 GPUs."""
     network = _network(layers=80, width=8192, heads=64, every=7)
-    return large_run("flamingo_80b", network, paper_data(1024), workers=256, tensor=4, recompute="selective")
+    return large_run("flamingo_80b", network, paper_data(1024), workers=256, tensor=4, micro_rows=8)

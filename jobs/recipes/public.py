@@ -13,7 +13,6 @@ from data_pipeline.config import DatasetConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig, RopeScaling
-from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from jobs.config import DataConfig, RunConfig
@@ -52,11 +51,11 @@ def _paper_run(
     workers: int,
     tensor: int = 1,
     batch: int = 256,
-    recompute: Recompute = False,
+    micro_rows: int = 0,
 ) -> RunConfig:
     data = paper_data(batch, vocab_size=lm.vocab_size, image_size=IMAGE)
     network = _network(lm, every=every)
-    return large_run(name, network, data, workers=workers, tensor=tensor, recompute=recompute)
+    return large_run(name, network, data, workers=workers, tensor=tensor, micro_rows=micro_rows)
 
 
 def _llama(**shape: Any) -> LMConfig:
@@ -100,7 +99,7 @@ def llama_70b() -> RunConfig:
         ffn_width=28_672,
         tied=False,
     )
-    return _paper_run("llama_70b", lm, every=7, workers=256, tensor=4, batch=1024, recompute="selective")
+    return _paper_run("llama_70b", lm, every=7, workers=256, tensor=4, batch=1024, micro_rows=8)
 
 
 def qwen_1b() -> RunConfig:
@@ -128,7 +127,7 @@ def qwen_7b() -> RunConfig:
 def qwen_70b() -> RunConfig:
     """Return Flamingo on Qwen2.5-72B, a gated block before every 7th LM block; 256 GPUs."""
     lm = replace(_qwen2_7b(), num_layers=80, width=8192, num_heads=64, num_kv_heads=8, ffn_width=29_568)
-    return _paper_run("qwen_70b", lm, every=7, workers=256, tensor=4, batch=1024, recompute="selective")
+    return _paper_run("qwen_70b", lm, every=7, workers=256, tensor=4, batch=1024, micro_rows=8)
 
 
 def _qwen2_7b() -> LMConfig:

@@ -37,7 +37,7 @@ def test_json_has_memory_collectives_and_the_planner(capsys):
         ("flamingo_3b", 8, 1, "resident"),
         ("flamingo_9b", 32, 2, "resident"),
         ("flamingo_80b", 256, 8, "resident"),
-        ("flamingo_80b", 256, 8, "partitioned"),
+        ("flamingo_80b", 256, 4, "resident"),
     ],
 )
 def test_the_large_recipes_agree_with_the_planner_at_full_size(capsys, recipe, world, tp, frozen):

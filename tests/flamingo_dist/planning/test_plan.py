@@ -24,6 +24,13 @@ def work_of(name):
     return workload(RECIPES[name].config())
 
 
+def at_once(recompute="selective"):
+    """The 80B with all rows at once: ZeRO 3, which may partition frozen weights, and recomputation."""
+    work = work_of("flamingo_80b")
+    parallel = replace(work.parallel, zero_stage=3, micro_rows=0, activation_checkpointing=recompute)
+    return replace(work, parallel=parallel)
+
+
 def rounded(value):
     if isinstance(value, float):
         return float(f"{value:.6g}")
@@ -47,7 +54,7 @@ def test_plan_equals_its_golden_one(name, gpus):
 
 
 def test_layouts_add_up_and_are_ranked():
-    plan = make_plan(work_of("flamingo_80b"), machine(256), budget_tokens=1e12)
+    plan = make_plan(at_once(), machine(256), budget_tokens=1e12)
     assert plan.layouts
     assert [x.step_seconds for x in plan.layouts] == sorted(x.step_seconds for x in plan.layouts)
     for x in plan.layouts + plan.too_large:
@@ -62,7 +69,7 @@ def test_layouts_add_up_and_are_ranked():
 
 
 def test_resident_weights_move_no_byte():
-    work = work_of("flamingo_80b")
+    work = at_once()
     assert "frozen_gather" not in step_traffic(work, tp=8, dp=32, residency="resident")
     kinds = step_traffic(work, tp=8, dp=32, residency="partitioned")
     # Four data sets; blocks in bf16 for the forward and the backward. Those within the last 1e9 elements of the forward
@@ -114,10 +121,39 @@ def test_selective_checkpointing_lies_between_the_two(name):
         assert again.hfu - again.useful_mfu > selective.hfu - selective.useful_mfu
 
 
-def test_what_would_fit_is_true():
+def test_parts_of_rows_cost_gathers_and_save_activations():
+    whole, key = at_once(False), (4, "resident")
+    found = []
+    for rows in (0, 8):
+        work = replace(whole, parallel=replace(whole.parallel, micro_rows=rows))
+        plan = make_plan(work, machine(64))
+        found.append(next(x for x in plan.layouts + plan.too_large if (x.tp, x.residency) == key))
+    all_rows, parts = found
+    assert parts.memory["activations"] < all_rows.memory["activations"] / 7
+    # 64, 128, 128 and 16 rows a rank, in parts of 8.
+    for kind in ("gradient_reduce", "trainable_gather"):
+        sent = (sum(x.traffic[kind].values()) for x in (parts, all_rows))
+        assert next(sent) == pytest.approx((8 + 16 + 16 + 2) / 4 * next(sent))
+    assert parts.traffic["tensor_all_reduce"] == all_rows.traffic["tensor_all_reduce"]
+
+
+def test_what_is_sent_when_the_backward_is_over_hides_behind_nothing():
     work = work_of("flamingo_80b")
+    assert work.parallel.zero_stage == 1
+    layout = make_plan(work, machine(256)).layouts[0]
+    assert layout.seconds["data_traffic_exposed"] > 0.3
+    below = replace(machine(256), assumptions=replace(machine(256).assumptions, overlap=0.0))
+    assert make_plan(work, below).layouts[0].step_seconds == layout.step_seconds
+
+
+def test_what_would_fit_is_true():
+    work = at_once(True)
     assert not make_plan(work, machine(8)).layouts
     advice = suggestions(work, machine(8))
+    rows = int(next(a for a in advice if "micro_rows" in a).split("=")[1])
+    for more, fits in ((1, True), (2, False)):
+        parallel = replace(work.parallel, micro_rows=more * rows)
+        assert bool(make_plan(replace(work, parallel=parallel), machine(8)).layouts) == fits
     assert any(a.endswith(" GPUs") for a in advice)
     gpus = int(next(a for a in advice if a.endswith(" GPUs")).split()[0])
     assert make_plan(work, machine(gpus)).layouts
@@ -187,7 +223,21 @@ def test_the_command_prints_json_and_draws(capsys, tmp_path):
 
 
 def test_the_command_says_that_nothing_fits(capsys):
-    assert main(["plan", "flamingo_80b", "--gpus", "8"]) == 1
+    assert (
+        main(
+            [
+                "plan",
+                "flamingo_80b",
+                "--gpus",
+                "8",
+                "--parallel.zero-stage",
+                "3",
+                "--parallel.micro-rows",
+                "0",
+            ]
+        )
+        == 1
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "no layout fits in 79.1 GiB" in said
     assert "What would fit:" in said
@@ -198,7 +248,7 @@ def test_the_command_says_that_nothing_fits(capsys):
 def test_the_page_holds_what_its_commands_print(capsys):
     page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
     commands = re.findall(r"^    flamingo (plan .*--markdown)$", page, re.MULTILINE)
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         main(command.split())
         assert capsys.readouterr().out in page, f"run `flamingo {command}` and paste what it prints"

@@ -101,3 +101,19 @@ def test_every_layout_trains_alike(ranks, reference, world, tensor, parallel):
         for name, value in reference["weights"].items():
             # AdamW divides by the gradient's own size: where that is rounding noise, so is the update.
             torch.testing.assert_close(result["weights"][name], value, atol=2e-4, rtol=1e-4, msg=name)
+
+
+def train_in_bf16(topology: Topology, parallel: ParallelConfig) -> list[dict[str, float]]:
+    step = tiny.make_step(topology, parallel, tiny.train_config(STEPS, dtype="bf16"))
+    return [dict(step.run(i, tiny.batches(i, topology)).loss) for i in range(STEPS)]
+
+
+@pytest.mark.distributed
+def test_parts_under_zero_1_in_bf16_train_as_all_rows_under_zero_3(ranks):
+    """ZeRO 1 has an optimizer of its own for bf16, which adds gradients up in fp32."""
+    whole = ranks.run(train_in_bf16, ParallelConfig(zero_stage=3), world=2)[0]
+    for rows in (0, 1):
+        parallel = ParallelConfig(zero_stage=1, micro_rows=rows)
+        for losses in ranks.run(train_in_bf16, parallel, world=2):
+            for ours, expected in zip(losses, whole, strict=True):
+                assert ours == pytest.approx(expected, abs=5e-3)
