@@ -94,7 +94,7 @@ def test_amounts_are_positive(capsys, option, value):
 
 def test_figures_are_whole_at_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["plan", "flamingo_80b", "--gpus", "256", "--tokens", "1e13"]) == 0
+    assert main(["plan", "flamingo_9b", "--gpus", "256", "--tokens", "1e13"]) == 0
     said = capsys.readouterr().out
     assert "…" not in said
     assert "partitioned" in said
