@@ -20,7 +20,8 @@ class TrainArguments:
     """Arguments of `flamingo train` beside the run's own settings."""
 
     ray_address: str | None = None
-    """Address of a running Ray cluster, or "auto"; by default Ray is started on this machine for the run."""
+    """Address of a running Ray cluster, or "auto"; by default Ray is started on this machine for the run. A cluster
+    that has fewer CPUs or GPUs than the run asks for is given five minutes to grow."""
     resume: str | None = None
     """Resume: "auto" (newest checkpoint, if any), "latest", a step, or the path of a checkpoint."""
     allow_change: tuple[str, ...] = ()

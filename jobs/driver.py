@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from data_pipeline.actors import RayPipeline
 from flamingo_dist.training.checkpoint_folder import check_run, find_checkpoint, read_manifest
 from flamingo_dist.training.loop import TrainOutcome
+from jobs.capacity import await_capacity
 from jobs.config import RunConfig
 from jobs.console import TrainingConsole
 from jobs.control import Control
@@ -146,6 +147,7 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
     run_dir = prepare_run_folder(config, launch, description)
     phases = Phases(run_dir)
     with ray_cluster(config, launch):
+        await_capacity(config, may_grow=launch.ray_address is not None)
         started = time.monotonic()
         with phases.timed("encode"):
             streamed = encode_features(config)
