@@ -28,7 +28,7 @@ from jobs.control import Control
 from jobs.errors import USER_ERRORS, RunFailedError
 from jobs.features import encode_features
 from jobs.frozen import frozen_contents
-from jobs.preflight import check_vocabulary
+from jobs.preflight import check_vocabulary, warn_of_random_parts
 from jobs.report import record_environment, write_report, write_summary
 from jobs.worker import WorkerTask, ray_train_entry
 
@@ -143,6 +143,7 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
     """
     launch = launch or LaunchConfig()
     check_vocabulary(config)
+    warn_of_random_parts(config)
     description = describe(config)
     run_dir = prepare_run_folder(config, launch, description)
     phases = Phases(run_dir)

@@ -8,6 +8,9 @@ import pytest
 from data_pipeline.tokenizer import TokenizerConfig
 from jobs import driver
 from jobs.config import RunConfig
+from jobs.preflight import random_parts, warn_of_random_parts
+from jobs.recipes.large import flamingo_3b
+from jobs.recipes.public import llama_7b
 from jobs.recipes.smoke import smoke
 
 
@@ -41,3 +44,29 @@ def test_a_tokenizer_that_is_not_there_is_refused(no_processes, tmp_path):
     config = replace(with_tokenizer(kind="hf", path=str(tmp_path / "gone")), runs_dir=str(tmp_path))
     with pytest.raises(ValueError, match="no tokenizer.json in .*gone; .*; set --data.tokenizer.path"):
         driver.run(config)
+
+
+def test_random_frozen_parts_are_warned_of_but_where_they_are_meant(recwarn):
+    warn_of_random_parts(smoke())
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="language model is random: .*; give --model.lm.weights, unless"
+    ) as caught:
+        warn_of_random_parts(flamingo_3b())
+    assert [str(w.message).split(" is random")[0] for w in caught] == [
+        "the frozen language model",
+        "the frozen vision encoder (nfnet-f6)",
+    ]
+
+
+def test_weights_that_are_named_are_not_random():
+    model = llama_7b().model
+    assert list(random_parts(llama_7b()).values()) == [
+        "--model.lm.weights",
+        "--model.vision.name and --model.vision.weights",
+    ]
+    nfnet = replace(flamingo_3b().model.vision, weights="nfnet.npz")
+    given = replace(flamingo_3b().model, lm=replace(flamingo_3b().model.lm, weights="hf://a/b"), vision=nfnet)
+    assert random_parts(replace(flamingo_3b(), model=given)) == {}
+    whole = replace(llama_7b(), model=replace(model, weights="/exported"))
+    assert list(random_parts(whole)) == ["the frozen vision encoder (tiny)"]
