@@ -153,6 +153,7 @@ class RunConfig:
         topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
         topology.check_divisible(self.model.tensor_sizes())
         self.parallel.check_storage(self.model.lm.weight_storage)
+        self._check_precision()
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
             dataset.local_batch_size(topology.data)
@@ -182,6 +183,14 @@ class RunConfig:
             for name, dataset in datasets.items()
             if dataset.media == "pixels" and not self.data.encode_features and dataset.pad_colour != mean
         ]
+
+    def _check_precision(self) -> None:
+        """Check that DeepSpeed can sum the run's gradients in fp32, as `deepspeed_config` asks it to."""
+        if self.train.dtype == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "train.dtype='bf16' needs parallel.zero_stage of at least 1: without ZeRO, DeepSpeed cannot sum bf16 "
+                "gradients in fp32. Set parallel.zero_stage=1, or train.dtype='fp32'."
+            )
 
     def _check_media(self, name: str, dataset: DatasetConfig) -> None:
         vision = self.model.vision

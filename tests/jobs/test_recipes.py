@@ -182,6 +182,15 @@ def test_identity_ignores_what_changes_no_number():
         assert replace(config, **{part: value}).fingerprint() != config.fingerprint()
 
 
+def test_bf16_without_zero_is_refused():
+    config = smoke()
+    plain = replace(config, parallel=replace(config.parallel, zero_stage=0, frozen="resident"))
+    with pytest.raises(
+        ValueError, match="train.dtype='bf16' needs .* at least 1.* Set parallel.zero_stage=1, .*'fp32'"
+    ):
+        replace(plain, train=replace(config.train, dtype="bf16"))
+
+
 def test_partitioned_weights_in_int8_are_refused():
     config = smoke()
     assert config.parallel.frozen == "partitioned"
