@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from jobs.control import Control
 from jobs.errors import USER_ERRORS, RunFailedError
 from jobs.features import encode_features
 from jobs.frozen import frozen_contents
+from jobs.places import absolute_checkpoint, with_absolute_paths
 from jobs.preflight import check_vocabulary, warn_of_random_parts
 from jobs.report import record_environment, write_report, write_summary
 from jobs.worker import WorkerTask, ray_train_entry
@@ -142,6 +143,8 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
         RunFailedError: a training process failed for another reason.
     """
     launch = launch or LaunchConfig()
+    config = with_absolute_paths(config)
+    launch = replace(launch, resume=absolute_checkpoint(launch.resume))
     check_vocabulary(config)
     warn_of_random_parts(config)
     description = describe(config)
