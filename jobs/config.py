@@ -88,7 +88,7 @@ class CaptionConfig:
     dataset: str = ""
     """Held-out data set to caption; "" writes none."""
     count: int = 12
-    """Media captioned."""
+    """Media captioned; each data-parallel rank captions as many, so the data set must hold a multiple of the ranks."""
     support: str = ""
     """Held-out data set that the few-shot examples come from; "" takes them from `dataset`'s own end."""
     shots: int = 2
@@ -99,6 +99,13 @@ class CaptionConfig:
     """Longest caption."""
     candidates: int = 0
     """Names ranked against each other for each held-out medium; 0 leaves the scoring out."""
+
+    def __post_init__(self) -> None:
+        """Reject numbers of nothing."""
+        least = {"count": 1, "shots": 0, "beams": 1, "max_new_tokens": 1, "candidates": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"captions.{name}={getattr(self, name)} must be at least {smallest}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,7 @@ class RunConfig:
             topology.check_batch(name, dataset.batch_size)
             dataset.local_batch_size(topology.data)
             self._check_media(name, dataset)
+        self._check_held_out(topology.data)
         for wanted in (self.captions.dataset, self.captions.support):
             if wanted and wanted not in self.data.held_out:
                 raise ValueError(
@@ -183,6 +191,20 @@ class RunConfig:
             for name, dataset in datasets.items()
             if dataset.media == "pixels" and not self.data.encode_features and dataset.pad_colour != mean
         ]
+
+    def _check_held_out(self, data: int) -> None:
+        """Check that the grounding probe, which exchanges media within a rank's batch, has two rows to exchange.
+
+        Args:
+            data: data-parallel degree.
+        """
+        for name, dataset in self.data.held_out.items():
+            if dataset.batch_size < 2 * data:
+                raise ValueError(
+                    f"data.held_out.{name}.batch_size={dataset.batch_size} leaves {dataset.batch_size // data} row for "
+                    f"each of the {data} data-parallel ranks, but the grounding probe needs 2 to exchange media; set "
+                    f"it to {2 * data} or more."
+                )
 
     def _check_precision(self) -> None:
         """Check that DeepSpeed can sum the run's gradients in fp32, as `deepspeed_config` asks it to."""

@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from jobs.errors import USER_ERRORS, RunFailedError
 from jobs.features import encode_features
 from jobs.frozen import frozen_contents
 from jobs.places import absolute_checkpoint, with_absolute_paths
-from jobs.preflight import check_vocabulary, warn_of_random_parts
+from jobs.preflight import check_held_out, check_vocabulary, warn_of_random_parts
 from jobs.report import record_environment, write_report, write_summary
 from jobs.worker import WorkerTask, ray_train_entry
 
@@ -146,6 +147,7 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
     config = with_absolute_paths(config)
     launch = replace(launch, resume=absolute_checkpoint(launch.resume))
     check_vocabulary(config)
+    check_held_out(config)
     warn_of_random_parts(config)
     description = describe(config)
     run_dir = prepare_run_folder(config, launch, description)
@@ -155,12 +157,27 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
         started = time.monotonic()
         with phases.timed("encode"):
             streamed = encode_features(config)
-        with phases.timed("train"):
-            outcome = _train(config, streamed, launch, run_dir, description)
+        try:
+            with phases.timed("train"):
+                outcome = _train(config, streamed, launch, run_dir, description)
+        except Exception:
+            report_what_is_there(run_dir)
+            raise
         phases.add("total", time.monotonic() - started)
     write_summary(run_dir)
     write_report(run_dir)
     return outcome
+
+
+def report_what_is_there(run_dir: Path) -> None:
+    """Write summary and report of a run that failed, be it in its last captions, if it has trained at all."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return
+    try:
+        write_summary(run_dir)
+        write_report(run_dir)
+    except Exception as error:  # not in the place of what ended the run
+        warnings.warn(f"no report of {run_dir}: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import warnings
 
+from data_pipeline.index import open_index
 from jobs.config import RunConfig
 from jobs.doctor.data import check_tokenizer
 
@@ -20,6 +21,30 @@ def check_vocabulary(config: RunConfig) -> None:
     finding = check_tokenizer(config.data.tokenizer, config.model.lm.vocab_size)
     if finding.level == "fail":
         raise ValueError(f"{finding.check}: {finding.says}; {finding.remedy}.")
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Open the held-out data sets and compare their samples with what is captioned after the last step.
+
+    Raises:
+        FileNotFoundError: shards are missing.
+        ValueError: a data set has too few samples, readable or not.
+    """
+    held_out = config.data.held_out
+    samples = {name: open_index(d.urls, storage=d.storage()).num_samples for name, d in held_out.items()}
+    captions, ranks = config.captions, config.resources.workers // config.parallel.tensor
+    if not captions.dataset:
+        return
+    wanted = [
+        ("count", captions.dataset, -(-captions.count // ranks) * ranks, captions.count),
+        ("shots", captions.support or captions.dataset, captions.shots, captions.shots),
+    ]
+    for name, dataset, needed, given in wanted:
+        if samples[dataset] < needed:
+            raise ValueError(
+                f"captions.{name}={given} needs {needed} samples of data.held_out.{dataset} ({ranks} data-parallel "
+                f"ranks), which has {samples[dataset]}; lower --captions.{name}, or hold out more."
+            )
 
 
 def random_parts(config: RunConfig) -> dict[str, str]:

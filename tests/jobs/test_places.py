@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.tokenizer import TokenizerConfig
 from jobs import driver
-from jobs.config import RunConfig
+from jobs.config import CaptionConfig, RunConfig
 from jobs.places import absolute, absolute_checkpoint, with_absolute_paths
 from jobs.recipes.large import flamingo_3b
 from jobs.recipes.smoke import smoke
@@ -31,6 +31,7 @@ def relative() -> RunConfig:
     held_out = replace(
         small.data.held_out["held_out"],
         urls=("mine/held-{0..3}.tar", "s3://mine/x"),
+        batch_size=16,
         image_size=vision.image_size,
         pad_colour=vision.pad_colour,
     )
@@ -83,9 +84,10 @@ def test_the_run_folder_holds_absolute_paths(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(driver, "ray_cluster", cluster)
     base = smoke()
-    held_out = replace(base.data.held_out["held_out"], urls=("mine",))
-    config = replace(base, runs_dir="out", data=replace(base.data, held_out={"held_out": held_out}))
+    pairs = replace(base.data.train["pairs"], urls=("mine",))
+    data = replace(base.data, train={"pairs": pairs}, held_out={})
+    config = replace(base, runs_dir="out", data=data, captions=CaptionConfig())
     with pytest.raises(StopError):
         driver.run(config)
     stored = json.loads((tmp_path / "out" / "smoke" / "config.json").read_text())
-    assert stored["data"]["held_out"]["held_out"]["urls"] == [str(tmp_path / "mine")]
+    assert stored["data"]["train"]["pairs"]["urls"] == [str(tmp_path / "mine")]

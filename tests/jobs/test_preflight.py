@@ -2,16 +2,18 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from data_pipeline.tokenizer import TokenizerConfig
 from jobs import driver
 from jobs.config import RunConfig
-from jobs.preflight import random_parts, warn_of_random_parts
+from jobs.preflight import check_held_out, random_parts, warn_of_random_parts
 from jobs.recipes.large import flamingo_3b
 from jobs.recipes.public import llama_7b
 from jobs.recipes.smoke import smoke
+from jobs.shapes import ShapesConfig, write_shapes
 
 
 @pytest.fixture
@@ -70,3 +72,41 @@ def test_weights_that_are_named_are_not_random():
     assert random_parts(replace(flamingo_3b(), model=given)) == {}
     whole = replace(llama_7b(), model=replace(model, weights="/exported"))
     assert list(random_parts(whole)) == ["the frozen vision encoder (tiny)"]
+
+
+def with_captions(folder: Path, **captions: object) -> RunConfig:
+    config = smoke()
+    held_out = replace(config.data.held_out["held_out"], urls=(str(folder / "held_out"),))
+    return replace(
+        config,
+        data=replace(config.data, held_out={"held_out": held_out}),
+        captions=replace(config.captions, **captions),
+    )
+
+
+def test_more_captions_than_samples_are_refused_before_training(tmp_path, no_processes):
+    write_shapes(tmp_path / "shapes", ShapesConfig(pairs=8, documents=8, videos=8, held_out=16))
+    check_held_out(with_captions(tmp_path / "shapes", count=16))
+    with pytest.raises(
+        ValueError, match="captions.shots=17 needs 17 samples of data.held_out.held_out .* has 16; lower"
+    ):
+        check_held_out(with_captions(tmp_path / "shapes", shots=17))
+    config = with_captions(tmp_path / "shapes", count=9999)
+    with pytest.raises(
+        ValueError, match=r"captions.count=9999 needs 10000 samples .*, which has 16; lower --captions.c"
+    ):
+        driver.run(replace(config, runs_dir=str(tmp_path / "runs")))
+    with pytest.raises(FileNotFoundError, match="gone/held_out"):
+        check_held_out(with_captions(tmp_path / "gone"))
+
+
+def test_a_run_that_fails_late_leaves_its_report(tmp_path):
+    driver.report_what_is_there(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    record = '{"kind": "step", "step": 0, "loss": {"pairs": 1.0}, "seconds": {"step": 1.0}, "gates": {}}'
+    (tmp_path / "metrics.jsonl").write_text(record + "\n")
+    driver.report_what_is_there(tmp_path)
+    assert {"summary.json", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step"}\n')
+    with pytest.warns(UserWarning, match="no report of"):
+        driver.report_what_is_there(tmp_path)

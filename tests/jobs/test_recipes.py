@@ -182,6 +182,20 @@ def test_identity_ignores_what_changes_no_number():
         assert replace(config, **{part: value}).fingerprint() != config.fingerprint()
 
 
+def test_one_held_out_row_a_rank_is_refused():
+    config = smoke()
+    one = replace(config.data.held_out["held_out"], batch_size=2)
+    says = r"data.held_out.held_out.batch_size=2 leaves 1 row for each of the 2 .*; set it to 4 or more"
+    with pytest.raises(ValueError, match=says):
+        replace(config, data=replace(config.data, held_out={"held_out": one}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("count", 0), ("shots", -1), ("beams", 0), ("candidates", -1)])
+def test_captions_of_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"captions.{name}={value} must be at least"):
+        replace(smoke().captions, **{name: value})
+
+
 def test_bf16_without_zero_is_refused():
     config = smoke()
     plain = replace(config, parallel=replace(config.parallel, zero_stage=0, frozen="resident"))
