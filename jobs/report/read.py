@@ -40,8 +40,8 @@ class Run:
 def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
-    A resumed run repeats the steps after its checkpoint: of each step the last object counts, which belongs
-    to the weights that went on.
+    A resumed run goes on from its checkpoint: what was written after that before does not count, be it of steps that
+    the resumed run has not reached again.
 
     Args:
         folder: The run folder.
@@ -61,8 +61,7 @@ def read_run(folder: Path | str) -> Run:
         folder=folder,
         config=_read_json(folder / "config.json") or {},
         environment=_read_json(folder / "environment.json") or {},
-        steps=_last_of_each_step(metrics, "step"),
-        probes=_last_of_each_step(metrics, "probe"),
+        **_kept_branch(metrics),
         peak=next((record for record in reversed(metrics) if record.get("kind") == "peak"), {}),
         phases=_read_json(folder / "phases.json") or {},
         samples=_read_json(folder / "samples.json") or [],
@@ -111,7 +110,23 @@ def _parse(lines: Iterator[str]) -> Iterator[dict[str, Any] | None]:
             yield record if isinstance(record, dict) else None
 
 
-def _last_of_each_step(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Objects of one kind, the last of each step, in the order of steps."""
-    by_step = {record["step"]: record for record in records if record.get("kind") == kind}
-    return [by_step[step] for step in sorted(by_step)]
+def _kept_branch(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Objects of the kinds "step" and "probe" that belong to the weights that went on, in the order of steps.
+
+    The file is in the order of time. A step written at number s comes after exactly s steps, and a probe at s as
+    well: what an earlier start wrote from there on is of weights that a resume left behind.
+    """
+    steps: list[dict[str, Any]] = []
+    probes: list[dict[str, Any]] = []
+    for record in records:
+        kind = record.get("kind")
+        if kind not in ("step", "probe"):
+            continue
+        number = record["step"]
+        while steps and steps[-1]["step"] >= number:
+            steps.pop()
+        # A probe at s looks at the weights that step s begins with.
+        while probes and probes[-1]["step"] >= number + (kind == "step"):
+            probes.pop()
+        (steps if kind == "step" else probes).append(record)
+    return {"steps": steps, "probes": probes}

@@ -216,13 +216,45 @@ def test_short_runs_without_probe(tmp_path: Path, count: int) -> None:
 def test_of_a_repeated_step_the_last_counts(tmp_path: Path) -> None:
     first = [step(number, 9.0, bad_samples=1) for number in range(6)]
     resumed = [step(number, 2.0, skipped=1) for number in range(4, 8)]
-    write_lines(tmp_path / "metrics.jsonl", [*first, probe(5), *resumed, probe(5)])
+    records = [*first[:5], probe(5), first[5], resumed[0], probe(5), *resumed[1:]]
+    write_lines(tmp_path / "metrics.jsonl", records)
     run = read_run(tmp_path)
     assert [record["step"] for record in run.steps] == list(range(8))
     assert [record["loss"]["pairs"] for record in run.steps] == [9.0] * 4 + [2.0] * 4
     assert len(run.probes) == 1
     summary = summarise(run)
     assert (summary["bad_samples"], summary["skipped_steps"]) == (4, 4)
+
+
+def test_a_branch_that_was_left_behind_does_not_count(tmp_path: Path) -> None:
+    """A resume from step 4 after step 9, and an end before the old branch's."""
+    first = [
+        probe(0),
+        *(step(n, 9.0) for n in range(4)),
+        probe(4),
+        *(step(n, 9.0) for n in range(4, 9)),
+        probe(9),
+    ]
+    gone_back = [step(4, 2.0), step(5, 2.0)]
+    write_lines(tmp_path / "metrics.jsonl", [*first, *gone_back])
+    run = read_run(tmp_path)
+    assert [(r["step"], r["loss"]["pairs"]) for r in run.steps] == [
+        *((n, 9.0) for n in range(4)),
+        (4, 2.0),
+        (5, 2.0),
+    ]
+    assert [record["step"] for record in run.probes] == [0, 4], (
+        "the probe at 4 is of the weights that went on"
+    )
+    summary = summarise(run)
+    assert (summary["steps"], summary["last_step"]) == (6, 5)
+    # Gone back to step 4 to end there: nothing but a probe is written. Then from the beginning.
+    write_lines(tmp_path / "metrics.jsonl", [*first, *gone_back, probe(4)])
+    run = read_run(tmp_path)
+    assert ([r["step"] for r in run.steps], [r["step"] for r in run.probes]) == ([0, 1, 2, 3], [0, 4])
+    write_lines(tmp_path / "metrics.jsonl", [*first, probe(0), step(0, 1.0)])
+    run = read_run(tmp_path)
+    assert (len(run.steps), len(run.probes)) == (1, 1)
 
 
 def test_data_sets_may_take_turns(tmp_path: Path) -> None:
