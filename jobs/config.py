@@ -68,7 +68,8 @@ class ResourceConfig:
     """Dense matrix peak of one training process's device in the run's dtype, TFLOP/s, which MFU is a share of. None is
     the data sheet's of a known GPU; on a CPU the speed of a product that all processes run at once at the start."""
     max_failures: int = 0
-    """Times that the training processes are started again from the last checkpoint after one of them died."""
+    """Times that the training processes are started again from the last checkpoint after one of them died; not after
+    an error in what was given, which would come again."""
 
     def __post_init__(self) -> None:
         """Reject values that start nothing."""

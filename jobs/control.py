@@ -42,11 +42,11 @@ class Control:
         self._outcome = outcome
 
     def fail(self, error: Exception) -> None:
-        """Take the error that all ranks met; the first one told is kept."""
+        """Take an error that would come again; the first one told is kept."""
         self._error = self._error or error
 
     def error(self) -> Exception | None:
-        """Return the error that all ranks met, if any."""
+        """Return the error that ends the run, if any: training processes that begin after it do nothing."""
         return self._error
 
     def outcome(self) -> Any:

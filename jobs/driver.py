@@ -296,11 +296,12 @@ def _fit(trainer: TorchTrainer, control: Any, config: RunConfig) -> TrainOutcome
             thread.join(timeout=0.5)
             for record in ray.get(control.drain.remote()):
                 console.update(record)
-    if failure:
-        raise_user_error(failure[0])
+    # First: processes that Ray started again after it have ended without a failure of their own.
     met: Exception | None = ray.get(control.error.remote())
     if met is not None:
         raise met
+    if failure:
+        raise_user_error(failure[0])
     outcome: TrainOutcome | None = ray.get(control.outcome.remote())
     if outcome is None:
         raise RunFailedError(

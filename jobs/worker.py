@@ -21,7 +21,7 @@ from flamingo_dist.training.loop import Record, TrainLoop, TrainOutcome
 from flamingo_dist.training.step import TrainStep
 from jobs.batches import to_train_batch
 from jobs.config import RunConfig
-from jobs.errors import ERRORS_OF_ALL_RANKS
+from jobs.errors import ERRORS_OF_ALL_RANKS, USER_ERRORS
 from jobs.held_out import HeldOut
 from jobs.metrics import MetricsFile
 from jobs.pictures import PictureBook
@@ -165,17 +165,32 @@ def train_process(task: WorkerTask) -> TrainOutcome:
 def ray_train_entry(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker; its process group is set up already.
 
-    After a failure Ray Train starts all workers again: they then go on from the last checkpoint.
+    After a failure Ray Train starts all workers again: they then go on from the last checkpoint, unless what failed
+    would fail again, as errors do that are meant for users.
     """
     task: WorkerTask = settings["task"]
+    if ray.get(task.control.error.remote()) is not None:
+        return
     restarts = ray.get(task.control.begin.remote(dist.get_rank()))
     resume = task.resume if restarts == 0 else "auto"
     try:
         outcome = train_process(WorkerTask(**{**vars(task), "resume": resume}))
     except ERRORS_OF_ALL_RANKS as error:
         # Starting again would not help; told to the driver, instead of failing a process that Ray would restart.
-        ray.get(task.control.fail.remote(error))
+        _tell(task.control, error)
         return
+    except USER_ERRORS as error:
+        # Perhaps of this rank alone: raised, so that Ray ends those that wait for it, but told before.
+        _tell(task.control, error)
+        raise
     if dist.get_rank() == 0:
         ray.get(task.control.finish.remote(outcome))
     dist.barrier()
+
+
+def _tell(control: Any, error: Exception) -> None:
+    """Tell the driver `error`, or its words where it cannot travel, and wait until it is held."""
+    try:
+        ray.get(control.fail.remote(error))
+    except Exception:  # of many kinds: what an error holds may be of any library
+        ray.get(control.fail.remote(ValueError(f"{type(error).__name__}: {error}")))
