@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -112,6 +113,10 @@ class DatasetConfig(MediaConfig):
                 raise ValueError(
                     f"{name} {getattr(self, name)} of data set {self.name!r}: must lie in [0, 1]"
                 )
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(
+                f"weight {self.weight} of data set {self.name!r}: must be finite and not negative; 0 leaves it out"
+            )
         if self.kind != "interleaved" and self.max_media != 1:
             raise ValueError(
                 f"max_media {self.max_media} of data set {self.name!r}: a {self.kind} holds one medium; "

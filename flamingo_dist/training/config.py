@@ -1,11 +1,21 @@
 """Settings of a training run; defaults are the paper's where it gives them (section 7 of the appendix)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LEAST = {
+    "steps": 1,
+    "max_bad_steps": 1,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "probe_every": 0,
+    "probe_batches": 1,
+}
+"""Smallest value of the settings that count something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +38,20 @@ class OptimizerConfig:
     """Multiplies the learning rate of the gates (1 in the paper; 20 opens them faster in short runs)."""
 
     def __post_init__(self) -> None:
-        """Reject values that train nothing."""
-        if self.lr <= 0 or self.warmup_steps < 0:
+        """Reject values that train nothing, or train wrongly without a word."""
+        if not 0 < self.lr < math.inf or self.warmup_steps < 0:
             raise ValueError(
                 f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative."
             )
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps={self.eps} must be positive; AdamW's usual one is 1e-8.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1); AdamW's usual ones are 0.9 and 0.999.")
+        for name in ("weight_decay", "clip_norm", "gate_lr_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be finite and not negative; 0 turns it off."
+                )
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step number `step`, counted from 0."""
@@ -68,10 +87,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject values that mean nothing."""
-        if self.steps < 1:
-            raise ValueError(f"train.steps={self.steps} must be at least 1.")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"train.keep_checkpoints={self.keep_checkpoints} must be at least 1.")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least {least}.")
 
     @property
     def torch_dtype(self) -> torch.dtype:

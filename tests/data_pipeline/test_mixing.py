@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_a_schedule_moves_no_position(pairs: Make) -> None:
     assert scheduled.weight_at(0) == 1.0
     assert pairs(weight=0.2).weight_at(10**6) == 0.2
     assert LocalFeed([scheduled], BYTES, seed=3).check_state(saved) == 5
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_weights_that_train_wrongly_are_refused(pairs: Make, weight: float) -> None:
+    with pytest.raises(ValueError, match=f"weight {weight} of data set .*: must be finite and not negative"):
+        pairs(weight=weight)
+    assert pairs(weight=0.0).weight_at(3) == 0.0
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(9, 400))
