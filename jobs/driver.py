@@ -32,6 +32,7 @@ from jobs.frozen import frozen_contents
 from jobs.places import absolute_checkpoint, with_absolute_paths
 from jobs.preflight import check_held_out, check_vocabulary, warn_of_random_parts
 from jobs.report import record_environment, write_report, write_summary
+from jobs.run_lock import locked
 from jobs.worker import WorkerTask, ray_train_entry
 
 OVERHEAD_CPUS = 1
@@ -150,7 +151,16 @@ def run(config: RunConfig, launch: LaunchConfig | None = None) -> TrainOutcome:
     check_held_out(config)
     warn_of_random_parts(config)
     description = describe(config)
-    run_dir = prepare_run_folder(config, launch, description)
+    run_dir = check_run_folder(config, launch, description)
+    with locked(run_dir):
+        write_run_folder(run_dir, config)
+        return _run_in(run_dir, config, launch, description)
+
+
+def _run_in(
+    run_dir: Path, config: RunConfig, launch: LaunchConfig, description: dict[str, Any]
+) -> TrainOutcome:
+    """Run from data to report in a run folder that is this process's own."""
     phases = Phases(run_dir)
     with ray_cluster(config, launch):
         await_capacity(config, may_grow=launch.ray_address is not None)
@@ -192,8 +202,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         raise ValueError(f"published weights cannot be read: {error}") from error
 
 
-def prepare_run_folder(config: RunConfig, launch: LaunchConfig, description: Mapping[str, Any]) -> Path:
-    """Make the run folder with the resolved configuration and the environment.
+def check_run_folder(config: RunConfig, launch: LaunchConfig, description: Mapping[str, Any]) -> Path:
+    """Return the run's folder, which need not exist, if the run may start in it.
 
     Args:
         config: the run.
@@ -213,10 +223,13 @@ def prepare_run_folder(config: RunConfig, launch: LaunchConfig, description: Map
         path = find_checkpoint(run_dir / "checkpoints", launch.resume)
         if path is not None:
             check_run(read_manifest(path), description, launch.allow_change)  # before any process starts
-    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def write_run_folder(run_dir: Path, config: RunConfig) -> None:
+    """Write the resolved configuration and the environment into the run's folder."""
     (run_dir / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     record_environment(run_dir, recipe=config.recipe, extra={"world_size": config.resources.workers})
-    return run_dir
 
 
 def _train(
