@@ -1,6 +1,7 @@
 """What the commands of `flamingo` do."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class TrainArguments:
     resume: str | None = None
     """Resume: "auto" (newest checkpoint, if any), "latest", a step, or the path of a checkpoint."""
     allow_change: tuple[str, ...] = ()
-    """With --resume: settings that may differ from the checkpoint's, such as train.optimizer.lr or weights.NAME (a data
-    set's weight)."""
+    """With --resume: settings that may differ from the checkpoint's, such as train.optimizer.lr or
+    data.train.NAME.weight."""
     print_config: bool = False
     """Print the resolved configuration as JSON and exit."""
     verbose: bool = False
@@ -69,11 +70,23 @@ def train(arguments: Sequence[str]) -> int:
     return _run(given)
 
 
+def checkpoint_setting(name: str) -> str:
+    """Return what a checkpoint calls the setting `name`, which may be written as on the command line.
+
+    A data set's weight, constant or by schedule, is "weights.NAME" there.
+    """
+    name = name.removeprefix("--")
+    found = re.fullmatch(r"data\.train\.(.+)\.weight([_-]schedule(\.points)?)?", name)
+    if found:
+        return f"weights.{found[1]}"
+    return name if name.startswith("weights.") else name.replace("-", "_")
+
+
 def _run(given: TrainArguments) -> int:
     launch = LaunchConfig(
         ray_address=given.ray_address,
         resume=given.resume,
-        allow_change=given.allow_change,
+        allow_change=tuple(map(checkpoint_setting, given.allow_change)),
         verbose=given.verbose,
     )
     outcome = run(given.run, launch)

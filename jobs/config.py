@@ -172,6 +172,12 @@ class RunConfig:
                 raise ValueError(
                     f"captions name the data set {wanted!r}; held-out data sets are {list(self.data.held_out)}."
                 )
+        if self.train.probe_every and not self.data.held_out:
+            warnings.warn(
+                f"train.probe_every={self.train.probe_every} has no effect: data.held_out names no data set to probe; "
+                "hold some data out, or set --train.probe-every 0.",
+                stacklevel=3,
+            )
         for border in self.other_borders():
             warnings.warn(f"{border.says}; {border.remedy}", stacklevel=3)
 

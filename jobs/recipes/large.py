@@ -129,7 +129,10 @@ def large_run(
         name=name,
         model=network,
         train=TrainConfig(
-            steps=500_000, optimizer=OptimizerConfig(), checkpoint_every=500, probe_every=2_000
+            steps=500_000,
+            optimizer=OptimizerConfig(),
+            checkpoint_every=500,
+            probe_every=2_000 if data.held_out else 0,
         ),
         parallel=ParallelConfig(
             tensor=tensor,

@@ -9,6 +9,7 @@ import torch
 
 from flamingo_dist import cli
 from flamingo_dist.models.weights import ranges
+from jobs.commands import checkpoint_setting
 
 
 def test_help_says_nothing_but_help():
@@ -65,3 +66,20 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_commands", lambda: {"train": (broken, "")})
     with pytest.raises(KeyError, match="ours"):
         cli.main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("weights.my-pairs", "weights.my-pairs"),
+        ("data.train.pairs.weight", "weights.pairs"),
+        ("--data.train.my-pairs.weight", "weights.my-pairs"),
+        ("data.train.pairs.weight_schedule.points", "weights.pairs"),
+        ("data.train.pairs.weight-schedule", "weights.pairs"),
+        ("train.optimizer.lr", "train.optimizer.lr"),
+        ("--train.optimizer.warmup-steps", "train.optimizer.warmup_steps"),
+        ("data.train.pairs.seq_len", "data.train.pairs.seq_len"),
+    ],
+)
+def test_settings_that_may_change_are_named_as_on_the_command_line(given, stored):
+    assert checkpoint_setting(given) == stored

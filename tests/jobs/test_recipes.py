@@ -14,7 +14,7 @@ from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.planning.parameters import count_parameters
 from jobs.commands import parse_run
-from jobs.config import ResourceConfig, RunConfig
+from jobs.config import CaptionConfig, ResourceConfig, RunConfig
 from jobs.doctor.layout import check_borders
 from jobs.recipes import RECIPES
 from jobs.recipes.smoke import smoke
@@ -194,6 +194,20 @@ def test_one_held_out_row_a_rank_is_refused():
 def test_captions_of_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=f"captions.{name}={value} must be at least"):
         replace(smoke().captions, **{name: value})
+
+
+def test_probes_without_held_out_data_are_warned_of(recwarn):
+    for name in NAMED:
+        RECIPES[name].config()
+    assert not recwarn.list
+    config = smoke()
+    nothing = {"data": replace(config.data, held_out={}), "captions": CaptionConfig()}
+    replace(config, **nothing)
+    assert not recwarn.list, "the end alone needs no setting"
+    with pytest.warns(
+        UserWarning, match="train.probe_every=5 has no effect: data.held_out names no data set"
+    ):
+        replace(config, **nothing, train=replace(config.train, probe_every=5))
 
 
 def test_bf16_without_zero_is_refused():
