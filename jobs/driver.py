@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from data_pipeline.actors import RayPipeline
 from flamingo_dist.training.checkpoint_folder import check_run, find_checkpoint, read_manifest
 from flamingo_dist.training.loop import TrainOutcome
-from jobs.capacity import await_capacity
+from jobs.capacity import asked_for, await_capacity
 from jobs.config import RunConfig
 from jobs.console import TrainingConsole
 from jobs.control import Control
@@ -99,12 +99,7 @@ def ray_cluster(config: RunConfig, launch: LaunchConfig) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    resources, readers = config.resources, config.data.readers
-    cpus = (
-        resources.workers * resources.cpus_per_worker
-        + readers.readers * readers.cpus_per_reader
-        + OVERHEAD_CPUS
-    )
+    cpus = asked_for(config)["CPU"] + OVERHEAD_CPUS
     with tempfile.TemporaryDirectory(prefix="fl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
             num_cpus=max(int(-(-cpus // 1)), os.cpu_count() or 1),

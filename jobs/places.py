@@ -4,9 +4,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from data_pipeline.config import DatasetConfig
+from flamingo_dist.models.weights import ranges
 from jobs.config import DataConfig, RunConfig
 
 _CHOICES = ("auto", "latest")
@@ -16,7 +16,7 @@ def absolute(place: str) -> str:
     """Return a relative local path, which may be a brace pattern or a glob, from the root on; URLs as they are."""
     if not place or "://" in place or "::" in place or place.startswith("{/"):
         return place
-    return str(Path.cwd() / os.path.expanduser(place))
+    return ranges.absolute(os.path.expanduser(place))
 
 
 def absolute_checkpoint(wanted: str | None) -> str | None:

@@ -24,6 +24,12 @@ except ImportError:
     have_triton = False
     is_interpreted = False
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels compute on."""
+
+LAUNCH_NEEDS = "it needs CUDA, or a CPU with TRITON_INTERPRET=1 set before the process starts"
+"""What errors say where a kernel cannot be launched."""
+
 INTERPRETER_ARCH = 0
 """What `architecture` says under the interpreter: tables may give it small tiles."""
 

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from kernels.config import can_launch, have_triton, in_forward_mode
+from kernels.config import LAUNCH_NEEDS, can_launch, have_triton, in_forward_mode
 from kernels.gated_xattn import reference as gated_xattn_reference
 from kernels.perceiver_attn import reference as perceiver_attn_reference
 
@@ -44,10 +44,7 @@ def launches(implementation: Implementation, what: str, tensor: Tensor, reason: 
     if implementation == "auto":
         return tensor.device.type == "cuda" and can_launch(tensor) and reason is None
     if not can_launch(tensor) and tensor.device.type != "meta":
-        reason = (
-            f"the tensors are on {tensor.device}; it needs CUDA, or a CPU with TRITON_INTERPRET=1 set before "
-            "the process starts"
-        )
+        reason = f"the tensors are on {tensor.device}; {LAUNCH_NEEDS}"
     if not have_triton:
         reason = "triton is not installed"
     if reason is not None:

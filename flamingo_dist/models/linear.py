@@ -115,10 +115,8 @@ class RowLinear(RowParallelLinear):
         """Map input_ of shape [..., in / tp size] to shape [..., out], summed over the tensor-parallel group."""
         if self.quantised is not None:
             return _with_bias(self, sum_over_tp(self.quantised(input_)))
-        if torch.compiler.is_compiling():
-            return _with_bias(self, sum_over_tp(F.linear(input_, self.weight)))
         cut = self.input_size_per_partition != self.input_size
-        if cut and not self.weight.requires_grad:
+        if torch.compiler.is_compiling() or (cut and not self.weight.requires_grad):
             return _with_bias(self, sum_over_tp(linear(input_, self.weight)))
         if cut:
             output, skipped = super().forward(_three_axes(input_))

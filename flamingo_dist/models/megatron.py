@@ -102,11 +102,19 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """Map hidden_states [T, B, D] to [T, B, D], and the bias that is to be added or None."""
         both, bias = self.linear_fc1(hidden_states)
-        both = both if bias is None else both + bias
-        gate, up = both.chunk(2, -1)
-        gated: Tensor = F.silu(gate) * up if torch.compiler.is_compiling() else _SiLUGate.apply(both)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(
+            _silu_gate(both if bias is None else both + bias)
+        )
         return output
+
+
+def _silu_gate(both: Tensor) -> Tensor:
+    """Return silu(a) * b, [..., F], of [..., a | b]; a compiler chooses by itself what it keeps."""
+    if torch.compiler.is_compiling():
+        gate, up = both.chunk(2, -1)
+        return F.silu(gate) * up
+    gated: Tensor = _SiLUGate.apply(both)
+    return gated
 
 
 class _SiLUGate(torch.autograd.Function):

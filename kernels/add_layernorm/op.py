@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.add_layernorm import kernel
-from kernels.config import FILL_PROGRAMS, power_of_two
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels compute on; the stream, the branch and the vectors may differ."""
+from kernels.config import DTYPES, FILL_PROGRAMS, power_of_two
 
 MAX_WIDTH = 8192
 """Widest stream: a row lives in the registers of one program."""

@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.config import DTYPES
 from kernels.gated_relu2 import kernel
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels compute on."""
 
 BLOCK, WARPS = 4096, 8
 """Elements and warps of a program: sixteen elements a thread, two 128-bit accesses in bf16."""

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.config import FILL_PROGRAMS, architecture, can_launch, power_of_two
+from kernels.config import DTYPES, FILL_PROGRAMS, LAUNCH_NEEDS, architecture, can_launch, power_of_two
 from kernels.gated_xattn import kernel
 from kernels.gated_xattn.reference import check_media_index, check_shapes, values_are_known
 from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, tiles
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_IMAGES = 65_535
 """Programs along the second axis of a CUDA grid."""
 LONG_SPAN = 512
@@ -117,8 +116,7 @@ def check(q_BTHK: Tensor, k_IRHK: Tensor, v_IRHK: Tensor, spans_I2: Tensor, gate
     """
     if values_are_known(q_BTHK) and not can_launch(q_BTHK):
         raise ValueError(
-            f"the Triton kernel of gated_xattn cannot run on {q_BTHK.device}; it needs CUDA, or a CPU with "
-            "TRITON_INTERPRET=1 set before the process starts. Use the reference."
+            f"the Triton kernel of gated_xattn cannot run on {q_BTHK.device}; {LAUNCH_NEEDS}. Use the reference."
         )
     heads = q_BTHK.shape[2:]
     if k_IRHK.dim() != 4 or k_IRHK.shape != v_IRHK.shape or k_IRHK.shape[2:] != heads:

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.config import FILL_PROGRAMS, architecture, is_interpreted, power_of_two
+from kernels.config import DTYPES, FILL_PROGRAMS, architecture, is_interpreted, power_of_two
 from kernels.perceiver_attn import kernel
 from kernels.perceiver_attn.tiles import MAX_HEAD, Tiles, backward_tiles, forward_tiles
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels compute on."""
 
 SPLIT_FEATURES = 512
 """A share of the keys has at least this many features: below it, partial results cost more than they give."""
