@@ -98,8 +98,10 @@ def build_model(
         # As soon as a module is filled: host memory holds one layer beside what is on the device, or in the storage.
         if storage != "same":
             quantise_(module, storage=storage, device=world_device())
-        if parallel.frozen == "resident":
-            module._apply(lambda tensor: tensor.to(world_device()), recurse=False)
+        # What ZeRO-3 partitions it has placed; it leaves buffers, such as the vision encoder's weights, where they are.
+        module._apply(
+            lambda tensor: tensor if hasattr(tensor, "ds_id") else tensor.to(world_device()), recurse=False
+        )
 
     fill_parameters(model, values, settle)
     if parallel.frozen == "resident":
