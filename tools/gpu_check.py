@@ -132,7 +132,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
     kernels += ["--levels", "core", "layer"]
     return [
         Stage(name="tests", command=[*test, *_tests()], share=0.3 * limit, environment={"KMODE": "cuda"}),
-        Stage(name="losses", command=[*bench, "losses", *out], share=0.08 * limit),
+        Stage(name="losses", command=[*bench, "losses", *out], share=0.12 * limit),
         Stage(name="step", command=[*bench, "step", *out], share=0.12 * limit),
         Stage(
             name="profile",

@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
+    step.add_argument("--length", type=int, default=256, help="text tokens of a sample; default: 256")
+    step.add_argument("--media", type=int, default=5, help="images of a sample; default: 5")
     step.add_argument("--compiled", action="store_true", help="also with the frozen blocks compiled")
     step.add_argument(
         "--recompute",
@@ -192,6 +194,8 @@ def _step(given: argparse.Namespace) -> int:
         tiny=given.tiny,
         layers=given.layers,
         rows=given.rows,
+        length=given.length,
+        media=given.media,
         pixels=given.pixels,
         recompute=RECOMPUTE[given.recompute],
         compiled=given.compiled,
@@ -221,6 +225,10 @@ def _losses(given: argparse.Namespace) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "losses.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, worst in found["engine"].items():
+        print(f"training engine, {name}: losses within {worst['loss']:.1e}, norms within {worst['norm']:.1e}")
+    if found["engine_left_out"]:
+        print(f"training engine: left out: {found['engine_left_out']}")
     print(
         f"{len(found['steps'])} steps in fp32, losses differ by at most {found['worst_loss_difference']:.1e} "
         f"(allowed {found['loss_tolerance']:.0e}), gradient norms by {found['worst_norm_difference']:.1e} "

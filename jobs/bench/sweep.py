@@ -66,9 +66,9 @@ def _ordered() -> Iterator[Task]:
     rest: list[Shape] = [*XATTN[6:], *PERCEIVER[2:], *FUSED[2:]]
     yield from (Task("core", shape) for shape in (*main, *small))
     yield from (Task("layer", shape) for shape in (*main[2:], *small, main[0]))
-    yield from (Task("core", shape, compiled=True) for shape in (*FUSED[:2], main[0], PERCEIVER[0]))
+    yield from (Task("core", shape, compiled=True) for shape in FUSED[:2])
     yield from (Task("layer", shape, compiled=True) for shape in (main[0], main[2]))
-    yield from (Task("core", shape, compiled=True) for shape in main[1:4])
+    yield from (Task("core", shape, compiled=True) for shape in (main[0], PERCEIVER[0], *main[1:4]))
     yield from (Task("core", shape) for shape in rest)
     for number, swept in enumerate(sweep()):
         yield Task("core", swept)

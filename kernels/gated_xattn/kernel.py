@@ -36,7 +36,7 @@ def _operand(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Return acc + a @ b in fp32."""
     return tl.dot(_operand(a), _operand(b), acc, input_precision=PRECISION)
 
@@ -53,14 +53,14 @@ def _add_product(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return both parts of acc + rows^T x, for rows [M, R], x [M, K1 + K2] and acc [R, K1 + K2]."""
     rows_T = tl.trans(rows)
-    acc1 = _dot(rows_T, x1, acc1, PRECISION)
+    acc1 = dot(rows_T, x1, acc1, PRECISION)
     if K2 > 0:
-        acc2 = _dot(rows_T, x2, acc2, PRECISION)
+        acc2 = dot(rows_T, x2, acc2, PRECISION)
     return acc1, acc2
 
 
 @triton.jit
-def _gate_of(gate: tl.tensor, HAS_GATE: tl.constexpr) -> tl.tensor:
+def gate_of(gate: tl.tensor, HAS_GATE: tl.constexpr) -> tl.tensor:
     """Return the gate in fp32, or 1 without one."""
     g = 1.0
     if HAS_GATE:
@@ -75,6 +75,15 @@ def _chunk(start: tl.tensor, end: tl.tensor, BLOCK_M: tl.constexpr) -> tuple[tl.
     rows = tl.cdiv(tiles, tl.num_programs(2)) * BLOCK_M
     lo = start + tl.program_id(2) * rows
     return lo, tl.minimum(lo + rows, end)
+
+
+@triton.jit
+def _is_left(start: tl.tensor, end: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    """Return whether another kernel computes the image of rows start .. end-1: one of 1 to SHORT rows."""
+    left = False
+    if SHORT > 0:
+        left = (start < end) & (end - start <= SHORT)
+    return left
 
 
 @triton.jit
@@ -102,7 +111,7 @@ def _zero_rows(
 
 
 @triton.jit
-def _zero_holes(
+def zero_holes(
     x: tl.tensor,
     spans: tl.tensor,
     image: tl.tensor,
@@ -124,7 +133,7 @@ def _zero_holes(
 
 
 @triton.jit
-def _scores(
+def scores(
     q1: tl.tensor,
     q2: tl.tensor,
     k1: tl.tensor,
@@ -137,9 +146,9 @@ def _scores(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return exp2(s - max s) and its row sums, for s = q k^T * qk_scale over the R real latents."""
     s = tl.zeros((q1.shape[0], BLOCK_R), tl.float32)
-    s = _dot(q1, tl.trans(k1), s, PRECISION)
+    s = dot(q1, tl.trans(k1), s, PRECISION)
     if K2 > 0:
-        s = _dot(q2, tl.trans(k2), s, PRECISION)
+        s = dot(q2, tl.trans(k2), s, PRECISION)
     s *= qk_scale
     if R < BLOCK_R:
         s = tl.where(tl.arange(0, BLOCK_R)[None, :] < R, s, float("-inf"))
@@ -201,7 +210,7 @@ def xattn_forward(
     if K2 > 0:
         k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
         v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
-    g = _gate_of(gate, HAS_GATE)
+    g = gate_of(gate, HAS_GATE)
 
     row = tl.arange(0, BLOCK_M)
     out += tl.cast(head, tl.int64) * o_h
@@ -214,15 +223,15 @@ def xattn_forward(
         q2 = q1
         if K2 > 0:
             q2 = load_tile(q + t * q_t, row, inside, q_t, K1, K, K2)
-        p, total = _scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R, K2, PRECISION)
+        p, total = scores(q1, q2, k1, k2, qk_scale, R, BLOCK_R, K2, PRECISION)
         factor = (g / total)[:, None]
         p = p.to(v.dtype.element_ty)
-        o1 = _dot(p, v1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * factor
+        o1 = dot(p, v1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * factor
         store_tile(out_rows + t * o_t, row, inside, o_t, 0, o1, K, K1)
         if K2 > 0:
-            o2 = _dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
+            o2 = dot(p, v2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * factor
             store_tile(out_rows + t * o_t, row, inside, o_t, K1, o2, K, K2)
-    _zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K, K1, K2)
+    zero_holes(out, spans, image, IMAGES, B, T, o_b, o_t, BLOCK_M, K, K1, K2)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -274,16 +283,19 @@ def xattn_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DV_FIRST: tl.constexpr,
+    SHORT: tl.constexpr,
 ) -> None:
     """One image, one head, one chunk of its span: dq of its rows and, over them, dk, dv and the gate's gradient.
 
     Pointers: q, do, dq [B, T, H, K]; k, v [I, R, H, K]; dk, dv [chunks, I, R, H, K] (in fp32 if there are several
     chunks, to be summed); spans int [I, 2] contiguous; gate 0-dim or unused; dgate fp32 [chunks, I * H] or unused.
     Strides are in elements, the last is 1 everywhere. Grid: (H, I, chunks). DV_FIRST changes nothing but how many tiles
-    are alive at once: whether dv is added up before dp is there.
+    are alive at once: whether dv is added up before dp is there. Images of 1 to SHORT rows are left to another kernel.
     """
     head, image, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(spans + image * 2), tl.load(spans + image * 2 + 1)
+    if _is_left(start, end, SHORT):
+        return
     lo, hi = _chunk(start, end, BLOCK_M)
     sample = start // T
 
@@ -297,9 +309,7 @@ def xattn_backward(
     if K2 > 0:
         k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
         v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
-    g_scale = scale
-    if HAS_GATE:
-        g_scale *= tl.load(gate).to(tl.float32)
+    g_scale = scale * gate_of(gate, HAS_GATE)
 
     row = tl.arange(0, BLOCK_M)
     q += tl.cast(head, tl.int64) * q_h + tl.cast(sample, tl.int64) * q_b
@@ -321,14 +331,14 @@ def xattn_backward(
         if K2 > 0:
             q2 = load_tile(q + t * q_t, row, inside, q_t, K1, K, K2)
             do2 = load_tile(do + t * do_t, row, inside, do_t, K1, K, K2)
-        p, total = _scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
+        p, total = scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
         p = p / total[:, None]
         if DV_FIRST:
             dv1, dv2 = _add_product(p.to(k.dtype.element_ty), do1, do2, dv1, dv2, K2, PRECISION)
         dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        dp = _dot(do1, tl.trans(v1), dp, PRECISION)
+        dp = dot(do1, tl.trans(v1), dp, PRECISION)
         if K2 > 0:
-            dp = _dot(do2, tl.trans(v2), dp, PRECISION)
+            dp = dot(do2, tl.trans(v2), dp, PRECISION)
         # Rows outside of the span have q = do = 0, so they add nothing to any sum below.
         delta = tl.sum(p * dp, 1)
         g_rows += delta
@@ -336,17 +346,17 @@ def xattn_backward(
         if not DV_FIRST:
             dv1, dv2 = _add_product(p.to(k.dtype.element_ty), do1, do2, dv1, dv2, K2, PRECISION)
             dk1, dk2 = _add_product(ds, q1, q2, dk1, dk2, K2, PRECISION)
-        dq1 = _dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
+        dq1 = dot(ds, k1, tl.zeros((BLOCK_M, K1), tl.float32), PRECISION) * g_scale
         store_tile(dq_rows + t * dq_t, row, inside, dq_t, 0, dq1, K, K1)
         if K2 > 0:
-            dq2 = _dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
+            dq2 = dot(ds, k2, tl.zeros((BLOCK_M, K2), tl.float32), PRECISION) * g_scale
             store_tile(dq_rows + t * dq_t, row, inside, dq_t, K1, dq2, K, K2)
         if DV_FIRST:
             dk1, dk2 = _add_product(ds, q1, q2, dk1, dk2, K2, PRECISION)
 
     # The gate and the scale are the same for every row: dk and dv get them once, after the sum. The gate is read
     # again rather than kept in a register all the while; so are the spans.
-    g = _gate_of(gate, HAS_GATE)
+    g = gate_of(gate, HAS_GATE)
     wide = tl.cast(chunk, tl.int64)
     dk += wide * dk_c + tl.cast(image, tl.int64) * dk_i + tl.cast(head, tl.int64) * dk_h
     dv += wide * dv_c + tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h
@@ -357,7 +367,7 @@ def xattn_backward(
         store_tile(dv, lat, lat < R, dv_r, K1, dv2 * g, K, K2)
     if HAS_GATE:
         tl.store(dgate + (chunk * IMAGES + image) * H + head, tl.sum(g_rows))
-    _zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K, K1, K2)
+    zero_holes(dq, spans, image, IMAGES, B, T, dq_b, dq_t, BLOCK_M, K, K1, K2)
 
 
 @triton.jit
@@ -370,31 +380,3 @@ def sum_chunks(
     for chunk in range(CHUNKS):
         total += tl.load(parts + tl.cast(chunk, tl.int64) * n + at, mask=at < n, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < n)
-
-
-@triton.jit
-def media_spans(
-    index: tl.tensor,
-    spans: tl.tensor,
-    T: tl.tensor,
-    M: tl.tensor,
-    index_b: tl.tensor,
-    index_t: tl.tensor,
-    BLOCK_T: tl.constexpr,
-) -> None:
-    """Turn one medium's media indices into its span. index: int [B, T]; spans: int32 [B * M, 2]. Grid: (B * M,).
-
-    A medium that no row sees gets an empty span where its rows would be, so that spans never run backwards.
-    """
-    sample, medium = tl.program_id(0) // M, tl.program_id(0) % M + 1
-    index += tl.cast(sample, tl.int64) * index_b
-    first, own_end, end = T, 0, 0
-    for begin in range(0, T, BLOCK_T):
-        t = begin + tl.arange(0, BLOCK_T)
-        phi = tl.load(index + tl.cast(t, tl.int64) * index_t, mask=t < T, other=0)
-        first = tl.minimum(first, tl.min(tl.where(phi == medium, t, T)))
-        own_end = tl.maximum(own_end, tl.max(tl.where(phi == medium, t + 1, 0)))
-        end = tl.maximum(end, tl.max(tl.where((phi > 0) & (phi <= medium), t + 1, 0)))
-    start = tl.where(own_end > 0, first, end)
-    tl.store(spans + tl.program_id(0) * 2, sample * T + start)
-    tl.store(spans + tl.program_id(0) * 2 + 1, sample * T + tl.where(own_end > 0, own_end, end))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.config import DTYPES, FILL_PROGRAMS, LAUNCH_NEEDS, architecture, can_launch, power_of_two
-from kernels.gated_xattn import kernel
+from kernels.gated_xattn import kernel, kernel_short, kernel_spans
 from kernels.gated_xattn.reference import check_media_index, check_shapes, values_are_known
-from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, tiles
+from kernels.gated_xattn.tiles import MAX_LATENTS, SMALL_SHARED_MEMORY, WIDTHS, Tile, short_tile, tiles
 
 MAX_IMAGES = 65_535
 """Programs along the second axis of a CUDA grid."""
@@ -198,7 +198,7 @@ def forward(
     if out_BTHK.numel() == 0:
         return out_BTHK
     q_BTHK, k_IRHK, v_IRHK = (_last_stride_1(x) for x in (q_BTHK, k_IRHK, v_IRHK))
-    tile, meta = _meta(q_BTHK, latents, gate, backward=False)
+    tile = tiles(width, power_of_two(latents), q_BTHK.dtype, architecture(q_BTHK.device))[0]
     if chunks is None:
         chunks = max(batch * rows // images // LONG_SPAN, -(-FILL_PROGRAMS // (images * heads)))
         chunks = min(chunks, -(-rows // tile.rows))
@@ -207,7 +207,7 @@ def forward(
             q_BTHK, k_IRHK, v_IRHK, spans_I2.int().contiguous(), q_BTHK if gate is None else gate, out_BTHK,
             images, batch, rows, heads, width**-0.5 * kernel.LOG2E.value,
             *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *out_BTHK.stride()[:3],
-            **meta,
+            **_meta(tile, q_BTHK, latents, gate),
         )  # fmt: skip
     return out_BTHK
 
@@ -241,27 +241,39 @@ def backward(
     if images == 0 or q_BTHK.numel() == 0:
         return dq_BTHK.zero_(), dk_IRHK.zero_(), dv_IRHK.zero_(), q_BTHK.new_zeros(())
     do_BTHK, q_BTHK, k_IRHK, v_IRHK = (_last_stride_1(x) for x in (do_BTHK, q_BTHK, k_IRHK, v_IRHK))
-    tile, meta = _meta(q_BTHK, latents, gate, backward=True)
-    meta["DV_FIRST"] = tile.dv_first
+    at = (width, power_of_two(latents), q_BTHK.dtype, architecture(q_BTHK.device))
+    tile, short = tiles(*at)[1], short_tile(*at)
     if chunks is None:
         chunks = min(-(-FILL_PROGRAMS // (images * heads)), -(-rows // tile.rows))
+    if short is not None and (chunks > 1 or batch * rows > images * short.rows):
+        short = None  # few images are short, as far as shapes tell: nobody has read the spans back
     parts = [dk_IRHK[None], dv_IRHK[None]]
     if chunks > 1:
         parts = [part.new_empty(chunks, *k_IRHK.shape, dtype=torch.float32) for part in parts]
     dgate = torch.empty(chunks, images * heads, dtype=torch.float32, device=q_BTHK.device)
+    tensors = (
+        q_BTHK, k_IRHK, v_IRHK, spans_I2.int().contiguous(), q_BTHK if gate is None else gate, do_BTHK,
+        dq_BTHK, *parts, dgate,
+    )  # fmt: skip
+    sizes = (images, batch, rows, heads, width**-0.5)
+    strides = (
+        *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *do_BTHK.stride()[:3], *dq_BTHK.stride()[:3]
+    )  # fmt: skip
     with torch.cuda.device_of(q_BTHK):
+        if short is not None:
+            kernel_short.xattn_backward_short[(heads, images)](
+                *tensors, *sizes, *strides, *_strides(dk_IRHK), *_strides(dv_IRHK),
+                **_meta(short, q_BTHK, latents, gate),
+            )  # fmt: skip
         kernel.xattn_backward[(heads, images, chunks)](
-            q_BTHK, k_IRHK, v_IRHK, spans_I2.int().contiguous(), q_BTHK if gate is None else gate, do_BTHK,
-            dq_BTHK, *parts, dgate,
-            images, batch, rows, heads, width**-0.5,
-            *q_BTHK.stride()[:3], *_strides(k_IRHK), *_strides(v_IRHK), *do_BTHK.stride()[:3],
-            *dq_BTHK.stride()[:3], *parts[0].stride()[:4], *parts[1].stride()[:4],
-            **meta,
+            *tensors, *sizes, *strides, *parts[0].stride()[:4], *parts[1].stride()[:4],
+            DV_FIRST=tile.dv_first, SHORT=0 if short is None else short.rows,
+            **_meta(tile, q_BTHK, latents, gate),
         )  # fmt: skip
         if chunks > 1:
-            block, n = 1024, dk_IRHK.numel()
+            n = dk_IRHK.numel()
             for part, whole in zip(parts, (dk_IRHK, dv_IRHK), strict=True):
-                kernel.sum_chunks[(-(-n // block),)](part, whole, n, CHUNKS=chunks, BLOCK=block, num_warps=4)
+                kernel.sum_chunks[(-(-n // 1024),)](part, whole, n, CHUNKS=chunks, BLOCK=1024, num_warps=4)
     return dq_BTHK, dk_IRHK, dv_IRHK, q_BTHK.new_zeros(()) if gate is None else dgate.sum().to(gate.dtype)
 
 
@@ -278,28 +290,24 @@ def media_spans(media_index_BT: Tensor, media: int) -> Tensor:
         return spans_I2
     block = min(1024, power_of_two(max(1, rows)))
     with torch.cuda.device_of(media_index_BT):
-        kernel.media_spans[(batch * media,)](
+        kernel_spans.media_spans[(batch * media,)](
             media_index_BT, spans_I2, rows, media, *media_index_BT.stride(), BLOCK_T=block, num_warps=4
         )
     return spans_I2
 
 
-def _meta(
-    q_BTHK: Tensor, latents: int, gate: Tensor | None, *, backward: bool
-) -> tuple[Tile, dict[str, object]]:
-    """Return the tile and the compile-time arguments for queries [B, T, H, K] and a 0-dim gate or None."""
-    block = power_of_two(latents)
-    tile = tiles(q_BTHK.shape[-1], block, q_BTHK.dtype, architecture(q_BTHK.device))[backward]
+def _meta(tile: Tile, q_BTHK: Tensor, latents: int, gate: Tensor | None) -> dict[str, object]:
+    """Return the compile-time arguments for a tile, queries [B, T, H, K] and a 0-dim gate or None."""
     # As torch's own products: full fp32 unless the user has allowed less.
     exact = q_BTHK.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return tile, {
+    return {
         "R": latents,
         "HAS_GATE": gate is not None,
         "PRECISION": "ieee" if exact else "tf32",
         "K": q_BTHK.shape[-1],
         "K1": tile.parts[0],
         "K2": tile.parts[1],
-        "BLOCK_R": block,
+        "BLOCK_R": power_of_two(latents),
         "BLOCK_M": tile.rows,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

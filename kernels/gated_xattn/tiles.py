@@ -92,3 +92,28 @@ _HOPPER = {
     64: Tile(64, 4, (64, 0), registers=168, dv_first=True),
 }
 """Backward tiles of sm_90 for up to 64 latents, by head width; 64 and 128 measured, the others by their likeness."""
+
+
+def short_tile(width: int, latents: int, dtype: torch.dtype, arch: int) -> Tile | None:
+    """Return the tile of the backward kernel of images with few rows, None where the general one does it all.
+
+    Args:
+        width: K, width of a head, one of `WIDTHS`.
+        latents: BLOCK_R, the power of two that holds the latents.
+        dtype: of queries, keys and values.
+        arch: as `kernels.config.architecture` tells it.
+    """
+    if arch == INTERPRETER_ARCH:
+        return Tile(16, 4, _PARTS[width])
+    if arch == 90 and dtype != torch.float32 and latents == 64:
+        return _HOPPER_SHORT.get(width)
+    return None
+
+
+_HOPPER_SHORT = {
+    128: Tile(64, 4, (64, 64)),
+    96: Tile(64, 4, (64, 32)),
+    80: Tile(64, 4, (64, 32)),
+    64: Tile(64, 4, (64, 0)),
+}
+"""As `_HOPPER`, for images of at most 64 rows."""

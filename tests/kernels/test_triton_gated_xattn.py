@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels.dispatch import gated_xattn
-from kernels.gated_xattn import kernel, op
+from kernels.gated_xattn import kernel, kernel_short, op
 from kernels.gated_xattn.tiles import WIDTHS
 from tests.kernels.interpreting import Mutant, assert_mutant_is_caught, in_both_orders, relative
 from tests.kernels.xattn_cases import LAYOUTS, Case, check, got
@@ -54,6 +54,44 @@ def test_shared_spans_equal_whole_ones(layout, chunks, device):
         assert torch.equal(a, b), "out and dq do not depend on who computes them"
     for a, b in zip(got(case, chunks)[2:], got(case, 1)[2:], strict=True):
         assert relative(a, b) < 1e-5
+
+
+SHORT = [(0, 16), (16, 33), (40, 45), (45, 45), (45, 62), (70, 71), (75, 91)]
+"""Images of a tile of 16 rows, and of more; times four for a GPU's tile of 64."""
+
+
+def short_case(device, width=16, **given) -> Case:
+    """Mean of the rows below a tile, so that a kernel of its own computes the images that fit one."""
+    if device == "cpu":
+        return Case(rows=100, spans=SHORT, heads=1, width=width, device=device, **given)
+    spans = [(4 * start, 4 * end) for start, end in SHORT]
+    given = {"latents": 64, "dtype": torch.bfloat16, "width": max(width, 64), "heads": 64} | given
+    return Case(rows=400, spans=spans, device=device, **given)
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("gate", [None, -0.7])
+def test_short_images_beside_long_ones(gate, width, device, monkeypatch):
+    ran = []
+    launcher = kernel_short.xattn_backward_short
+    monkeypatch.setattr(
+        kernel_short, "xattn_backward_short", Recording(launcher, lambda grid: ran.append(grid))
+    )
+    case = short_case(device, width, gate=gate)
+    check(case, 1)
+    if device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        assert ran
+
+
+class Recording:
+    """A kernel that tells the grids it is launched with."""
+
+    def __init__(self, launcher, tell) -> None:
+        self.launcher, self.tell = launcher, tell
+
+    def __getitem__(self, grid):
+        self.tell(grid)
+        return self.launcher[grid]
 
 
 @st.composite
@@ -220,7 +258,7 @@ def test_rows_out_of_order_raise(device):
 MUTANTS = [
     Mutant("padding latents are seen", "[None, :] < R, s", "[None, :] < BLOCK_R, s"),
     Mutant("no gate in the output", "factor = (g / total)[:, None]", "factor = (1.0 / total)[:, None]"),
-    Mutant("no gate in dq and dk", "g_scale *= tl.load(gate).to(tl.float32)", "g_scale *= 1.0"),
+    Mutant("no gate in dq and dk", "g_scale = scale * gate_of(gate, HAS_GATE)", "g_scale = scale"),
     Mutant("no gate in dv", "dv1 * g,", "dv1,"),
     Mutant("no scale in the scores", "s *= qk_scale", "s *= 1.4426950408889634"),
     Mutant("delta left out", "(p * (dp - delta[:, None]))", "(p * dp)"),
@@ -247,6 +285,25 @@ MUTANTS = [
 ]
 
 
+SHORT_MUTANTS = [
+    Mutant("no gate in dq and dk of a short image", "g_scale = g * scale", "g_scale = scale"),
+    Mutant("no gate in dv of a short image", "p_T, do1, g, lat", "p_T, do1, 1.0, lat"),
+    Mutant("delta left out of a short image", "(p * (dp - delta[:, None]))", "(p * dp)"),
+    Mutant(
+        "a short image's last row dropped", "inside = row < end - start", "inside = row < end - start - 1"
+    ),
+    Mutant("rows beyond a short image", "inside = row < end - start", "inside = row < B * T - start"),
+    Mutant("a full tile is nobody's", "(end - start <= BLOCK_M)", "(end - start < BLOCK_M)"),
+    Mutant("all short images write one dv", "dv += tl.cast(image, tl.int64)", "dv += tl.cast(0, tl.int64)"),
+    Mutant("holes before short images left unwritten", "    zero_holes(dq, ", "    zero_holes(dk, "),
+]
+
+
+def short_ones() -> None:
+    """The check that every mutant of the kernel of short images has to fail."""
+    check(dataclasses.replace(short_case("cpu"), latents=3), 1)
+
+
 def everything() -> None:
     """The check that every mutant has to fail: holes, odd lengths, several tiles, chunks."""
     case = Case(rows=60, spans=[(3, 3), (5, 42), (42, 51)], heads=1, latents=3)
@@ -263,6 +320,17 @@ def test_the_mutants_check_passes_without_a_mutant():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant, monkeypatch, tmp_path):
     assert_mutant_is_caught(mutant, op, "kernel", everything, monkeypatch, tmp_path)
+
+
+@pytest.mark.modes("interpret")
+def test_the_short_mutants_check_passes_without_a_mutant():
+    short_ones()
+
+
+@pytest.mark.modes("interpret")
+@pytest.mark.parametrize("mutant", SHORT_MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_of_short_images_is_caught(mutant, monkeypatch, tmp_path):
+    assert_mutant_is_caught(mutant, op, "kernel_short", short_ones, monkeypatch, tmp_path)
 
 
 def test_a_mutant_that_does_not_fit_is_an_error(monkeypatch, tmp_path):

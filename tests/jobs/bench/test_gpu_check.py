@@ -31,6 +31,8 @@ def test_dry_run_goes_through_all_stages(tmp_path):
     assert len(list(tmp_path.iterdir())) <= gpu_check.MOST_FILES
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert losses["agree"]
+    assert len(losses["engine"]) == 4
+    assert not losses["engine_left_out"]
     differences = losses["worst_loss_difference"], losses["worst_norm_difference"]
     assert 0 < max(differences) < 1e-5, "0 would mean that nothing was compared"
     ours = [r for r in json.loads((tmp_path / "kernels.json").read_text())["rows"] if r["ours"]]
