@@ -209,6 +209,8 @@ class Flamingo(nn.Module):
         targets_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        num_media: int | None = None,
+        num_targets: int | None = None,
     ) -> FlamingoOutput:
         """Run the network.
 
@@ -222,6 +224,9 @@ class Flamingo(nn.Module):
             segments_BT: which of several packed samples each token belongs to, integer [B, T]; tokens of different
                 samples do not attend to one another, and positions begin anew with each. None: one a row.
             cache: keys and values of earlier tokens; `tokens_BT` then holds the new tokens alone.
+            num_media: how many of `media_mask_BM` are set. Who knows it spares the host to wait for the device, which
+                would then stand still while the host catches up.
+            num_targets: how many of `targets_BT` are not -100, likewise.
 
         Returns:
             Losses where targets are given, else logits; and the latents.
@@ -235,7 +240,7 @@ class Flamingo(nn.Module):
         if latents_BMRE is None:
             if media is None or media_mask_BM is None:
                 raise ValueError("media needs media_mask_BM, which says which of its slots are real.")
-            latents_BMRE = self._encode_media(media, media_mask_BM)
+            latents_BMRE = self._encode_media(media, media_mask_BM, num_media)
         if segments_BT is not None and cache is not None:
             raise ValueError(
                 "segments_BT with a cache: packed rows are for training; generate from one sample a row."
@@ -248,9 +253,9 @@ class Flamingo(nn.Module):
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         with part("loss"):
-            x_BTD = self.lm.final_norm(x_TBD).transpose(0, 1)
-            logits = self.lm.vocabulary(x_BTD, as_head=True) if targets_BT is None else None
-            nll = None if targets_BT is None else self._nll(x_BTD, targets_BT)
+            x_TBD = self.lm.final_norm(x_TBD)
+            logits = self.lm.vocabulary(x_TBD.transpose(0, 1), as_head=True) if targets_BT is None else None
+            nll = None if targets_BT is None else self._nll(x_TBD, targets_BT, num_targets)
         return FlamingoOutput(logits_BTV=logits, nll_BT=nll, latents_BMRE=latents_BMRE)
 
     def _run_blocks(
@@ -287,22 +292,25 @@ class Flamingo(nn.Module):
             )
         return x_TBD
 
-    def _nll(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def _nll(self, x_TBD: Tensor, targets_BT: Tensor, count: int | None) -> Tensor:
         """Return [B, T] losses; the head, the widest product of all, runs on the wanted positions alone."""
-        wanted = targets_BT != IGNORE
-        nll_N = self.lm.vocabulary(x_BTD[wanted], targets_N=targets_BT[wanted])
-        return torch.zeros(targets_BT.shape, device=nll_N.device).masked_scatter(wanted, nll_N)
+        at_N = positions(targets_BT.flatten() != IGNORE, count)
+        batch, length = targets_BT.shape
+        # In memory the stream has the position first.
+        x_ND = x_TBD.flatten(0, 1).index_select(0, at_N % length * batch + at_N // length)
+        nll_N = self.lm.vocabulary(x_ND, targets_N=targets_BT.flatten()[at_N])
+        return torch.zeros(batch * length, device=nll_N.device).index_copy(0, at_N, nll_N).view(batch, length)
 
-    def _encode_media(self, media: Tensor, media_mask_BM: Tensor) -> Tensor:
+    def _encode_media(self, media: Tensor, media_mask_BM: Tensor, count: int | None) -> Tensor:
         """Return latents [B, M, R, E]; empty slots are left out of the work and stay zero.
 
         A batch without any medium still sends one empty slot through the resampler, so that every rank runs
         the same modules whatever its batch holds.
         """
-        slots_N = media_mask_BM.flatten().nonzero()[:, 0]
+        slots_N = positions(media_mask_BM.flatten(), count)
         if slots_N.numel() == 0:
             slots_N = slots_N.new_zeros(1)
-        chosen = media.flatten(0, 1)[slots_N]
+        chosen = media.flatten(0, 1).index_select(0, slots_N)
         features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
         # By the same name: the encoder's fp32 features would else stand beside all that the resampler keeps.
         features_NFSC = features_NFSC.to(self.dtype)
@@ -346,3 +354,9 @@ def _run_block(
             x_TBD = gated(x_TBD, latents_BMRE, media_index_BT, media_kv=media_kv)
     with part("frozen LM"):
         return run(layer, x_TBD, inputs)
+
+
+def positions(mask_N: Tensor, count: int | None) -> Tensor:
+    """Return int64 [count], where a bool mask [N] is set, in order; without the count a device is waited for."""
+    found = mask_N.nonzero() if count is None else torch.nonzero_static(mask_N, size=count)
+    return found[:, 0]

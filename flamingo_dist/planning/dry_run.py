@@ -17,7 +17,7 @@ from flamingo_dist.planning.collectives import Totals
 from flamingo_dist.planning.ledger import Ledger
 from flamingo_dist.planning.stand_ins import fake_rank
 from flamingo_dist.planning.workload import DatasetShape, Workload
-from flamingo_dist.training.batch import TrainBatch
+from flamingo_dist.training.batch import RowCounts, TrainBatch
 from flamingo_dist.training.build import build_engine
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.step import StepResult, TrainStep
@@ -39,20 +39,8 @@ class Followed:
     """Seconds that it took here: "build", "step"."""
 
 
-class _CountedBatch(TrainBatch):
-    """A batch whose numbers of tokens are known without values: every position but a row's last carries loss."""
-
-    def num_loss_tokens(self) -> int:
-        """Return how many tokens carry loss."""
-        return self.tokens_BT.numel() - self.tokens_BT.shape[0]
-
-    def num_tokens(self) -> int:
-        """Return how many tokens there are."""
-        return self.tokens_BT.numel()
-
-
 def local_batch(data: DatasetShape, work: Workload, dp: int) -> TrainBatch:
-    """Return an empty batch of one data-parallel rank; shapes are those of `TrainBatch`."""
+    """Return an empty batch of one data-parallel rank; every position but a row's first counts as carrying loss."""
     rows, vision = data.rows // dp, work.model.vision
     slots = (rows, data.media, data.frames)
     if data.pixels:
@@ -60,13 +48,14 @@ def local_batch(data: DatasetShape, work: Workload, dp: int) -> TrainBatch:
     else:
         media = torch.empty(*slots, vision.num_features, vision.width, dtype=torch.float16)
     text = (rows, data.tokens)
-    return _CountedBatch(
+    return TrainBatch(
         tokens_BT=torch.empty(text, dtype=torch.int64),
         loss_mask_BT=torch.empty(text, dtype=torch.bool),
         media_index_BT=torch.empty(text, dtype=torch.int32),
         media=media,
         media_mask_BM=torch.empty(rows, data.media, dtype=torch.bool),
         segments_BT=torch.empty(text, dtype=torch.int32) if data.packed else None,
+        counts=RowCounts((data.tokens - 1,) * rows, (data.media,) * rows, (data.tokens,) * rows),
     )
 
 
@@ -138,13 +127,10 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
     dp = topology.data
     work = replace(work, model=replace(work.model, lm=replace(work.model.lm, weights=None)))
     work = replace(work, parallel=replace(work.parallel, compile_frozen=False))
-    selected: dict[tuple[int, ...], int] = {
-        (rows, d.tokens): rows * (d.tokens - 1) for d in work.datasets for rows in work.parts(d, dp)
-    }
-    with fake_rank(topology, selected, like_gpu=like_gpu), Ledger() as ledger:
+    with fake_rank(topology, like_gpu=like_gpu), Ledger() as ledger:
         batches = {data.name: local_batch(data, work, dp) for data in work.datasets}
         for batch in batches.values():
-            for tensor in (t for t in vars(batch).values() if t is not None):
+            for tensor in (t for t in vars(batch).values() if isinstance(t, torch.Tensor)):
                 ledger.mark(tensor, "batches")
         figures, _ = follow(ledger, topology, work, train, batches)
     return figures

@@ -3,10 +3,9 @@
 A fake tensor has a shape, a dtype and a storage of the right size, but no values, and a fake group returns at once. So
 whatever reads a value needs a stand-in; all of them are here:
 
-- A number that is read back is 1 (AdamW's count of steps, our counts of a batch) and a condition True (our check for
-  a finite loss); a byte is 0 (DeepSpeed's flag of an overflow).
+- A number that is read back is 1 (AdamW's count of steps, our counts of all ranks' batches) and a condition True; a
+  byte is 0 (DeepSpeed's flag of an overflow).
 - DeepSpeed's gradient norm is valid: its check also asks whether the norm is below 0, and would be told True.
-- A mask selects all that it can (the loss mask all but the last position of a row): as the planner counts.
 - DeepSpeed compares lists of module numbers among ranks when it has recorded the order of modules; there is no other
   rank to differ from, and the comparison, once a run, is not among the collectives.
 - `Module.to` and the like change buffers alone: torch would swap every fake parameter for another, which fails.
@@ -35,8 +34,6 @@ from flamingo_dist.parallel.zero import deepspeed_config
 from kernels import sdpa
 
 aten = torch.ops.aten
-INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-
 VIEWS = (
     aten.slice.Tensor,
     aten.view.default,
@@ -57,11 +54,6 @@ class Values(TorchDispatchMode):
         """Return False, as `Ledger` does."""
         return False
 
-    def __init__(self, selected: Mapping[tuple[int, ...], int]) -> None:
-        """Take how many elements of a mask are set by its shape; of other masks all are."""
-        super().__init__()
-        self._selected = dict(selected)
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -70,31 +62,15 @@ class Values(TorchDispatchMode):
             return READ_BACK.get(args[0].dtype, 1)
         if func in VIEWS and isinstance(args[0], FakeTensor):
             return _view(func, args, kwargs or {})
-        if func is aten.nonzero.default:
-            return self._nonzero(args[0])
-        if func in INDEXED:
-            args = (args[0], [part for index in args[1] for part in self._integers(index)], *args[2:])
         return func(*args, **(kwargs or {}))
-
-    def _nonzero(self, mask: Tensor) -> Tensor:
-        count = self._selected.get(tuple(mask.shape), mask.numel())
-        return torch.empty(count, mask.dim(), dtype=torch.int64, device=mask.device)
-
-    def _integers(self, index: Tensor | None) -> list[Tensor | None]:
-        if index is None or index.dtype not in (torch.bool, torch.uint8):
-            return [index]
-        return list(self._nonzero(index).unbind(1))
 
 
 @contextmanager
-def fake_rank(
-    topology: Topology, selected: Mapping[tuple[int, ...], int], *, like_gpu: bool
-) -> Iterator[None]:
+def fake_rank(topology: Topology, *, like_gpu: bool) -> Iterator[None]:
     """Be one rank of `topology`, whose other ranks do not exist, with tensors that hold no values.
 
     Args:
         topology: the world and this rank's place.
-        selected: elements that are set, by the shape of a mask; all of other masks.
         like_gpu: take the implementations of a GPU; otherwise those of CPU tensors, as a real run here would.
 
     Raises:
@@ -112,7 +88,7 @@ def fake_rank(
         for target, stand_in in _stand_ins(like_gpu).items():
             stack.enter_context(patch(target, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(Values(selected))
+        stack.enter_context(Values())
         yield
 
 

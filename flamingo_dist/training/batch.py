@@ -1,5 +1,6 @@
 """One data set's batch on one rank, as tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,6 +8,18 @@ import torch
 from torch import Tensor
 
 from flamingo_dist.models.vocabulary import IGNORE
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What each row of a batch holds. The host knows it, so that it need not wait for a device to answer."""
+
+    loss_tokens: tuple[int, ...]
+    """Tokens that carry loss."""
+    media: tuple[int, ...]
+    """Media."""
+    tokens: tuple[int, ...]
+    """Text tokens up to the last one that carries loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +39,20 @@ class TrainBatch:
     segments_BT: Tensor | None = None
     """int32 [B, T] of packed rows: which of the row's M samples, of one medium each, a token belongs to, from 1; 0
     is padding. None where each row is one sample."""
+    counts: RowCounts | None = None
+    """What the rows hold, if it has been counted: `counted` does, and so does `to` before tensors leave the host."""
+
+    def counted(self) -> "TrainBatch":
+        """Return the batch with its `counts`, which asks the device of the tensors once if there are none yet."""
+        if self.counts is not None:
+            return self
+        positions = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
+        by_row = (
+            self.loss_mask_BT[:, 1:].sum(dim=1),  # position 0 is predicted by none
+            self.media_mask_BM.sum(dim=1),
+            (positions * self.loss_mask_BT).amax(dim=1),
+        )
+        return replace(self, counts=RowCounts(*(tuple(row) for row in torch.stack(by_row).tolist())))
 
     def targets(self) -> Tensor:
         """Return int64 [B, T]: the next token where it carries loss, -100 elsewhere."""
@@ -41,13 +68,21 @@ class TrainBatch:
         """
         if not 0 < rows < len(self.tokens_BT):
             return [self]
-        parts = {
-            name: [None] * -(-len(self.tokens_BT) // rows) if value is None else value.split(rows)
-            for name, value in vars(self).items()
+        number = -(-len(self.tokens_BT) // rows)
+        tensors = {
+            name: [None] * number if value is None else value.split(rows)
+            for name, value in self._tensors().items()
         }
+        counts: list[RowCounts | None] = [None] * number
+        if self.counts is not None:
+            of_rows = vars(self.counts).values()
+            counts = [
+                RowCounts(*(row[at : at + rows] for row in of_rows))
+                for at in range(0, len(self.tokens_BT), rows)
+            ]
         return [
-            replace(self, **dict(zip(parts, values, strict=True)))
-            for values in zip(*parts.values(), strict=True)
+            replace(self, counts=counted, **dict(zip(tensors, values, strict=True)))
+            for counted, *values in zip(counts, *tensors.values(), strict=True)
         ]
 
     def num_sequences(self) -> int:
@@ -56,28 +91,36 @@ class TrainBatch:
 
     def num_loss_tokens(self) -> int:
         """Return how many tokens carry loss."""
-        return int(self.loss_mask_BT.sum())
+        return sum(self._known().loss_tokens)
 
     def num_media(self) -> int:
         """Return how many media there are."""
-        return int(self.media_mask_BM.sum())
+        return sum(self._known().media)
 
     def num_tokens(self) -> int:
         """Return how many text tokens there are up to the last of each row that carries loss."""
-        positions = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
-        return int((positions * self.loss_mask_BT).amax(dim=1).sum())
+        return sum(self._known().tokens)
 
     def pinned(self) -> "TrainBatch":
         """Return the batch in page-locked memory, from which a GPU copies without waiting."""
-        held: dict[str, Any] = {
-            name: None if value is None else value.pin_memory() for name, value in vars(self).items()
-        }
-        return replace(self, **held)
+        return self.each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "TrainBatch":
         """Return the batch on `device`."""
-        moved: dict[str, Any] = {
-            name: None if value is None else value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
+        counted = self.counted() if self.tokens_BT.device.type == "cpu" else self
+        return counted.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _known(self) -> RowCounts:
+        counts = self.counted().counts
+        assert counts is not None, "just counted"
+        return counts
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {name: value for name, value in vars(self).items() if name != "counts"}
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """Return the batch with every tensor (of any shape) changed."""
+        changed: dict[str, Any] = {
+            name: None if value is None else change(value) for name, value in self._tensors().items()
         }
-        return replace(self, **moved)
+        return replace(self, **changed)

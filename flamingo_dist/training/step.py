@@ -179,16 +179,17 @@ class TrainStep:
             batch.media_mask_BM,
             targets_BT=batch.targets(),
             segments_BT=batch.segments_BT,
+            num_media=batch.num_media(),
+            num_targets=batch.num_loss_tokens(),
         )
         summed = output.nll_BT.sum()
         by_mean = self.config.reduction == "mean"
         divisor = max(1, totals.loss_tokens[index] if by_mean else totals.sequences[index])
         # DeepSpeed averages gradients over the data-parallel ranks; the divisor already counts all of them.
         loss = summed * (weight * self.topology.data / divisor)
-        # A non-finite loss can have finite gradients; make sure that it reaches the norm, which all ranks share.
-        if not torch.isfinite(loss):
-            loss = loss * math.nan
-        self.engine.backward(loss)
+        # A non-finite loss can have finite gradients; make sure that it reaches the norm, which all ranks share. Times
+        # one or NaN, not by a question that the device would have to answer first.
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         return summed.detach().float()
 
     def _update(self) -> tuple[float, bool]:

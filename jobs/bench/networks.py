@@ -284,7 +284,13 @@ def nll_sum(network: Flamingo, batch: TrainBatch, targets_BT: Tensor) -> Tensor:
         targets_BT: int64 [B, T], -100 where no loss is wanted.
     """
     out = network(
-        batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM, targets_BT=targets_BT
+        batch.tokens_BT,
+        batch.media_index_BT,
+        batch.media,
+        batch.media_mask_BM,
+        targets_BT=targets_BT,
+        num_media=batch.num_media(),
+        num_targets=batch.num_loss_tokens(),
     )
     assert out.nll_BT is not None, "targets were given"
     total: Tensor = out.nll_BT.sum()

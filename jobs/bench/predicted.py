@@ -8,7 +8,6 @@ from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.planning.ledger import Ledger
 from flamingo_dist.planning.stand_ins import fake_rank
-from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import OptimizerConfig
 from flamingo_dist.training.optimizer import make_optimizer
 from jobs.bench.networks import make_batch, nll_sum, with_implementation
@@ -26,14 +25,12 @@ def predicted_peak(config: StepConfig, name: str, contender: str) -> int:
     implementation = {"triton": "auto", "reference": "reference"}[contender]
     model = with_implementation(config.model(name), implementation, gate_init=0.5)
     real = make_batch(model, config.size(model), seed=0)
-    real = replace(real, media=real.media.to(torch.bfloat16))
+    real = replace(real, media=real.media.to(torch.bfloat16)).counted()
     loss_tokens = real.num_loss_tokens()
-    selected = {tuple(real.tokens_BT.shape): loss_tokens}
-    with fake_rank(Topology(world=1, rank=0, tensor=1), selected, like_gpu=True), Ledger() as ledger:
+    with fake_rank(Topology(world=1, rank=0, tensor=1), like_gpu=True), Ledger() as ledger:
         network = Flamingo(model, dtype=torch.bfloat16, activation_checkpointing=config.recompute)
         optimizer = make_optimizer(network.named_parameters(), OptimizerConfig(lr=1e-4))
-        given = {name: torch.empty_like(x) for name, x in vars(real).items() if x is not None}
-        batch, targets_BT = TrainBatch(**given), torch.empty_like(real.tokens_BT)
+        batch, targets_BT = real.each(torch.empty_like), torch.empty_like(real.tokens_BT)
         for step in range(2):
             if step:
                 ledger.reset()
