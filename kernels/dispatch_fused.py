@@ -1,14 +1,16 @@
-"""Chooses the implementation of the fused element-wise functions around the attention."""
+"""Chooses the implementation of the fused element-wise functions around attention and convolutions."""
 
 from torch import Tensor
 
 from kernels.add_layernorm import reference as add_layernorm_reference
 from kernels.config import have_triton
+from kernels.conv_epilogue import reference as conv_epilogue_reference
 from kernels.dispatch import Implementation, launches
 from kernels.gated_relu2 import reference as gated_relu2_reference
 
 if have_triton:
     from kernels.add_layernorm import op as add_layernorm_op
+    from kernels.conv_epilogue import op as conv_epilogue_op
     from kernels.gated_relu2 import op as gated_relu2_op
 
 
@@ -46,3 +48,41 @@ def gated_relu2(u: Tensor, gate: Tensor | None = None, *, implementation: Implem
     if launches(implementation, "gated_relu2", u, reason):
         return gated_relu2_op.gated_relu2_op(u, gate)
     return gated_relu2_reference.gated_relu2(u, gate)
+
+
+def bias_gelu_(x_NCHW: Tensor, bias_C: Tensor, *, implementation: Implementation = "auto") -> Tensor:
+    """GELU of a convolution with its bias, in place; `kernels.conv_epilogue.reference` has the contract.
+
+    Returns:
+        `x_NCHW`, [N, C, H, W], which now holds gelu(x + bias).
+    """
+    conv_epilogue_reference.check_shapes(x_NCHW, bias_C)
+    reason = conv_epilogue_op.unsupported(x_NCHW) if have_triton else None
+    if launches(implementation, "bias_gelu_", x_NCHW, reason):
+        conv_epilogue_op.bias_gelu_op(x_NCHW, bias_C)
+        return x_NCHW
+    return conv_epilogue_reference.bias_gelu_(x_NCHW, bias_C)
+
+
+def gated_residual_(
+    residual_NCHW: Tensor,
+    residual_bias_C: Tensor | None,
+    y_NCHW: Tensor,
+    bias_C: Tensor,
+    gate_NC: Tensor,
+    *,
+    activate: bool,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """End of a residual block, and GELU for the next; `kernels.conv_epilogue.reference` has the contract.
+
+    Returns:
+        out = (residual + residual_bias) + (y + bias) * gate, [N, C, H, W], and gelu(out), or None without `activate`.
+    """
+    conv_epilogue_reference.check_shapes(y_NCHW, bias_C, residual_NCHW, residual_bias_C, gate_NC)
+    given = (residual_NCHW, residual_bias_C, y_NCHW, bias_C, gate_NC)
+    reason = conv_epilogue_op.unsupported(y_NCHW, residual_NCHW) if have_triton else None
+    if launches(implementation, "gated_residual_", y_NCHW, reason):
+        activated_NCHW = conv_epilogue_op.gated_residual_op(*given, activate)
+        return y_NCHW, activated_NCHW if activate else None
+    return conv_epilogue_reference.gated_residual_(*given, activate=activate)

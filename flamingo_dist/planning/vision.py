@@ -122,15 +122,16 @@ def _block_live(block: BlockShape, side: int) -> float:
     small = side // block.stride
     x, out = block.inputs * side**2, block.outputs * small**2
     pooled = block.inputs * small**2 if block.stride > 1 else 0
-    residual = out if "conv_shortcut" in block.convs else 0  # else it is x itself
+    has_shortcut = "conv_shortcut" in block.convs  # then x itself is gone when the block begins
+    residual = out if has_shortcut else x
     wide, narrow = block.inner * side**2, block.inner * small**2
     padded = block.inner * (side + 1) ** 2 if block.stride > 1 else 0
     return max(
-        2 * x + pooled + residual,  # the activation's result feeds the shortcut
-        2 * x + residual + wide,
-        x + residual + wide + padded + narrow,
-        x + residual + narrow + out,
-        x + residual + 2 * out,
+        x + pooled + residual if has_shortcut else 0,  # the shortcut reads the activation's result
+        x + residual + wide,  # so does the first convolution
+        residual + wide + padded + narrow,
+        residual + narrow + out,
+        residual + 2 * out,  # the result lies where the last convolution's was; beside it its activation
     )
 
 

@@ -191,12 +191,19 @@ class FrozenConv(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Convolve x_NCHW [N, in, h, w]; returns [N, out, ceil(h / stride), ceil(w / stride)]."""
+        return self._convolve(x_NCHW, self.bias)
+
+    def without_bias(self, x_NCHW: Tensor) -> Tensor:
+        """Convolve as `forward` does, [N, in, h, w] to [N, out, ...], and leave the bias to the caller."""
+        return self._convolve(x_NCHW, None)
+
+    def _convolve(self, x_NCHW: Tensor, bias_C: Tensor | None) -> Tensor:
         padding = self.kernel // 2
         if self.stride > 1:
             height, width = x_NCHW.shape[-2:]
             x_NCHW = nn.functional.pad(x_NCHW, (*self._same(width), *self._same(height)))
             padding = 0
-        return nn.functional.conv2d(x_NCHW, self.weight, self.bias, self.stride, padding, 1, self.groups)
+        return nn.functional.conv2d(x_NCHW, self.weight, bias_C, self.stride, padding, 1, self.groups)
 
     def _same(self, length: int) -> tuple[int, int]:
         """Return the padding before and after one side of that length."""

@@ -21,6 +21,7 @@ from flamingo_dist.models.vision.nfnet_shape import (
 )
 from flamingo_dist.models.vision.nfnet_weights import Published, Reader, drawn, empty
 from flamingo_dist.models.weights.source import WeightSource
+from kernels.dispatch_fused import bias_gelu_, gated_residual_
 
 GAMMA = 1.7015043497085571
 """Scales GELU's output to unit variance where its input has it (the published constant)."""
@@ -52,7 +53,8 @@ class NFNet(VisionEncoder):
         self.stem = nn.ModuleList(
             parts.conv(f"stem_conv{i}", conv, GAMMA if i else 1.0) for i, conv in enumerate(shape.stem)
         )
-        self.blocks = nn.ModuleList(_Block(block, parts) for block in shape.blocks())
+        blocks = list(shape.blocks())
+        self.blocks = nn.ModuleList(_Block(block, parts, last=block is blocks[-1]) for block in blocks)
         self.final = parts.conv("final_conv", shape.final, 1.0)
 
     def repeated_blocks(self) -> Iterable[nn.Module]:
@@ -62,11 +64,14 @@ class NFNet(VisionEncoder):
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
         x = self.normalise(pixels_N3HW).contiguous(memory_format=torch.channels_last)
-        for i, conv in enumerate(self.stem):
-            x = conv(_gelu_(x) if i else x)
+        for conv in self.stem:
+            x = bias_gelu_(conv.without_bias(x), conv.bias)
+        stream = [x]
+        del x  # the stream holds it alone, see `_Block.forward`
         for block in self.blocks:
-            x = block(x)
-        return flatten_grid(_gelu_(self.final(x)).mul_(GAMMA))
+            stream = block(stream)
+        x = self.final.without_bias(stream.pop())
+        return flatten_grid(bias_gelu_(x, self.final.bias).mul_(GAMMA))
 
 
 class _Block(nn.Module):
@@ -74,8 +79,9 @@ class _Block(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, block: BlockShape, parts: "_Parts") -> None:
+    def __init__(self, block: BlockShape, parts: "_Parts", *, last: bool) -> None:
         super().__init__()
+        self.last = last
         convs = block.convs
         # The convolutions that read the block's input read GELU's output: times its constant and beta.
         entry = GAMMA * block.beta
@@ -93,17 +99,30 @@ class _Block(nn.Module):
         scale = 2.0 * ALPHA * parts.read(f"{block.haiku}/skip_gain")
         self.register_buffer("scale", scale.to(parts.dtype), persistent=False)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map [N, in, h, w] to [N, out, h / stride, w / stride]."""
-        y = nn.functional.gelu(x_NCHW, approximate="tanh")
-        residual = x_NCHW
-        if self.shortcut is not None:
-            residual = self.shortcut(nn.functional.avg_pool2d(y, 2) if self.pools else y)
-        y = self.conv0(y)
+    def forward(self, stream: list[Tensor]) -> list[Tensor]:
+        """Run the block.
+
+        Args:
+            stream: x and gelu(x), both [N, in, h, w]; a block with a shortcut reads the latter alone. The list is
+                emptied, so that each of the two is freed once the convolutions that read it have run.
+
+        Returns:
+            The block's result [N, out, h / stride, w / stride] and GELU of it, which the last block leaves out.
+        """
+        y = stream.pop()
+        if self.shortcut is None:
+            residual, residual_bias = stream.pop(), None
+        else:
+            stream.clear()
+            residual = self.shortcut.without_bias(nn.functional.avg_pool2d(y, 2) if self.pools else y)
+            residual_bias = self.shortcut.bias
+        y, bias = self.conv0.without_bias(y), self.conv0.bias
         for conv in self.inner:
-            y = conv(_gelu_(y))
-        gate_NC = torch.sigmoid(self.excite(nn.functional.relu(self.squeeze(y.mean((2, 3)))))) * self.scale
-        return torch.addcmul(residual, y, gate_NC[:, :, None, None])
+            y, bias = conv.without_bias(bias_gelu_(y, bias)), conv.bias
+        squeezed = nn.functional.relu(self.squeeze(y.mean((2, 3)) + bias))
+        gate_NC = torch.sigmoid(self.excite(squeezed)) * self.scale
+        out, activated = gated_residual_(residual, residual_bias, y, bias, gate_NC, activate=not self.last)
+        return [out] if activated is None else [out, activated]
 
 
 class _Linear(nn.Module):
@@ -159,11 +178,6 @@ def standardised(weight: Tensor, gain: Tensor) -> Tensor:
     variance = weight.var((1, 2, 3), correction=0, keepdim=True)
     scale = (variance * weight[0].numel()).clamp(min=EPSILON).rsqrt() * gain.double()[:, None, None, None]
     return (weight - weight.mean((1, 2, 3), keepdim=True)) * scale
-
-
-def _gelu_(x: Tensor) -> Tensor:
-    """Apply GELU in place: a convolution's result is of no other use, and the largest tensors are there."""
-    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def _reader(config: VisionConfig, shape: NFNetShape, source: WeightSource | None) -> Reader:

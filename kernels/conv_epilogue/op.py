@@ -1,0 +1,148 @@
+"""What follows a frozen convolution as torch operators (`flamingo::bias_gelu_`, `flamingo::gated_residual_`)."""
+
+import torch
+from torch import Tensor
+
+from kernels.config import DTYPES
+from kernels.conv_epilogue import kernel
+
+ELEMENTS, WARPS = 4096, 8
+"""Elements and warps of a program: sixteen elements a thread, two 128-bit accesses to each tensor in bf16."""
+COLUMNS = 128
+"""Channels of a tile at most. It divides the widths of the published NFNets from 128 on; those below divide it."""
+
+
+def unsupported(*grids: Tensor) -> str | None:
+    """Return why the kernels do not take these grids ([N, C, H, W] each), None if they do."""
+    first = grids[0]
+    if first.dtype not in DTYPES:
+        return f"the kernel computes on fp32, fp16 and bf16, not on {first.dtype}"
+    if any(x.dtype != first.dtype or x.device != first.device for x in grids):
+        return "its grids must share dtype and device"
+    if not all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in grids):
+        return "its grids must lie channels-last in memory, without gaps"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in grids):
+        return "it has no derivative"
+    return None
+
+
+@torch.library.custom_op("flamingo::bias_gelu_", mutates_args={"x_NCHW"})
+def bias_gelu_op(x_NCHW: Tensor, bias_C: Tensor) -> None:
+    """Overwrite x with gelu(x + bias), in its tanh form; no derivative.
+
+    Args:
+        x_NCHW: [N, C, H, W] channels-last, fp32, fp16 or bf16.
+        bias_C: [C], floating.
+    """
+    launch_bias_gelu(x_NCHW, bias_C)
+
+
+@bias_gelu_op.register_fake
+def _(x_NCHW: Tensor, bias_C: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("flamingo::gated_residual_", mutates_args={"y_NCHW"})
+def gated_residual_op(
+    residual_NCHW: Tensor,
+    residual_bias_C: Tensor | None,
+    y_NCHW: Tensor,
+    bias_C: Tensor,
+    gate_NC: Tensor,
+    activate: bool,
+) -> Tensor:
+    """Overwrite y with out = (residual + residual_bias) + (y + bias) * gate; no derivative.
+
+    Args:
+        residual_NCHW: [N, C, H, W] channels-last, fp32, fp16 or bf16.
+        residual_bias_C: [C], floating, or None.
+        y_NCHW: shape, layout and dtype of `residual_NCHW`.
+        bias_C: [C], floating.
+        gate_NC: [N, C], floating.
+        activate: whether gelu(out) is wanted.
+
+    Returns:
+        gelu(out) in its tanh form, shape, layout and dtype of `y_NCHW`; without `activate` an empty [0].
+    """
+    return launch_gated_residual(residual_NCHW, residual_bias_C, y_NCHW, bias_C, gate_NC, activate)
+
+
+@gated_residual_op.register_fake
+def _(
+    residual_NCHW: Tensor,
+    residual_bias_C: Tensor | None,
+    y_NCHW: Tensor,
+    bias_C: Tensor,
+    gate_NC: Tensor,
+    activate: bool,
+) -> Tensor:
+    return _room(y_NCHW, activate)
+
+
+def launch_bias_gelu(x_NCHW: Tensor, bias_C: Tensor) -> None:
+    """Launch the kernel of `flamingo::bias_gelu_`.
+
+    Args:
+        x_NCHW: [N, C, H, W] channels-last, overwritten.
+        bias_C: [C].
+    """
+    if x_NCHW.numel() == 0:
+        return
+    images, channels, height, width = x_NCHW.shape
+    rows, columns = _tile(channels)
+    pixels = images * height * width
+    grid = (-(-pixels // rows) * -(-channels // columns),)
+    with torch.cuda.device_of(x_NCHW):
+        kernel.bias_gelu_kernel[grid](
+            x_NCHW, bias_C.contiguous(), pixels, channels, ROWS=rows, COLUMNS=columns, num_warps=WARPS
+        )
+
+
+def launch_gated_residual(
+    residual_NCHW: Tensor,
+    residual_bias_C: Tensor | None,
+    y_NCHW: Tensor,
+    bias_C: Tensor,
+    gate_NC: Tensor,
+    activate: bool,
+) -> Tensor:
+    """Launch the kernel of `flamingo::gated_residual_`.
+
+    Args:
+        residual_NCHW: [N, C, H, W] channels-last.
+        residual_bias_C: [C], or None.
+        y_NCHW: [N, C, H, W] channels-last, overwritten.
+        bias_C: [C].
+        gate_NC: [N, C].
+        activate: whether gelu(out) is wanted.
+
+    Returns:
+        gelu(out), [N, C, H, W] channels-last, or an empty [0].
+    """
+    activated = _room(y_NCHW, activate)
+    if y_NCHW.numel() == 0:
+        return activated
+    images, channels, height, width = y_NCHW.shape
+    rows, columns = _tile(channels)
+    pixels = height * width
+    grid = (images * -(-pixels // rows) * -(-channels // columns),)
+    second = bias_C if residual_bias_C is None else residual_bias_C
+    with torch.cuda.device_of(y_NCHW):
+        kernel.gated_residual_kernel[grid](
+            residual_NCHW, second.contiguous(), y_NCHW, bias_C.contiguous(), gate_NC.contiguous(),
+            activated if activate else y_NCHW, pixels, channels,
+            HAS_RESIDUAL_BIAS=residual_bias_C is not None, ACTIVATE=activate,
+            ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+        )  # fmt: skip
+    return activated
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Return a tile's pixels and channels."""
+    columns = min(COLUMNS, 1 << (channels - 1).bit_length())
+    return ELEMENTS // columns, columns
+
+
+def _room(y_NCHW: Tensor, activate: bool) -> Tensor:
+    """Return room for gelu(out), laid out as `y_NCHW` [N, C, H, W], or an empty [0]."""
+    return torch.empty_like(y_NCHW) if activate else y_NCHW.new_empty(0)
