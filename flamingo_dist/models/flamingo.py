@@ -22,15 +22,16 @@ from flamingo_dist.models.ranges import part
 from flamingo_dist.models.recompute import Keeper, Recompute
 from flamingo_dist.models.resampler import PerceiverLayer, PerceiverResampler, ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
+from flamingo_dist.models.vision.batches import encode_in_batches
 from flamingo_dist.models.vision.split import encode_split
 from flamingo_dist.models.vocabulary import IGNORE
 from flamingo_dist.models.weights.source import Opening, opened_here
 
 RunLayer = Callable[[nn.Module, Tensor, BlockInputs], Tensor]
 """Runs a decoder block on the stream, as `run_layer` does."""
-SHAPES = 64
-"""Variants of a compiled block at most: one for each shape of a data set's batch, two for each kind of an encoder's
-blocks. torch's own limit is 8."""
+SHAPES = 128
+"""Variants of a compiled block at most: one for each shape of a data set's batch, and of an encoder's blocks one for
+each kind and size of a sub-batch (NFNet: nine kinds, seven sizes up to 64). torch's own limit is 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,8 +329,7 @@ class Flamingo(nn.Module):
         """
 
         def encode(frames: Tensor) -> Tensor:
-            parts = [self.vision(few) for few in frames.split(self.config.vision_batch)]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return encode_in_batches(self.vision, frames, self.config.vision_batch)
 
         frames = pixels_NF3HW.flatten(0, 1)
         with part("vision encoder"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels.add_layernorm import op as add_layernorm
+from kernels.conv_epilogue import op as conv_epilogue
 from kernels.gated_relu2 import op as gated_relu2
 from kernels.gated_xattn import op as gated_xattn
 from kernels.perceiver_attn import op as perceiver_attn
@@ -145,6 +146,39 @@ def test_gated_relu2(gated, dtype, arch):
         assert record.regs <= 64, "more would leave room for too few programs to hide the memory's latency"
 
 
+# Images, channels, side: from the stem to the last grid of NFNet-F6 at 320 pixels, and one of more than 2^31 elements.
+GRIDS = ((64, 16, 160), (64, 128, 80), (64, 256, 80), (160, 1536, 20), (16, 3072, 10), (4096, 256, 80))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", SHORT, ids=SHORT.get)
+def test_conv_epilogue(dtype, arch):
+    with dry(arch) as device:
+        for images, channels, side in GRIDS:
+            shape = (images, channels, side, side)
+            grid = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+            vector = torch.empty(channels, dtype=dtype, device="meta")
+            gate = torch.empty(images, channels, dtype=dtype, device="meta")
+            conv_epilogue.launch_bias_gelu(grid, vector)
+            conv_epilogue.launch_gated_residual(grid, vector, grid, vector, gate, activate=True)
+            conv_epilogue.launch_gated_residual(grid, None, grid, vector, gate, activate=True)
+            conv_epilogue.launch_gated_residual(grid, None, grid, vector, gate, activate=False)
+    check_grids(device.launches)
+    assert device.launches[-1].grid == (4096 * 80 * 80 // 32 * 2, 1, 1)
+    for record in device.records:
+        config = record.config
+        pieces = [
+            f"columns{config['COLUMNS']}",
+            *(["bias"] if config.get("HAS_RESIDUAL_BIAS") else []),
+            *(["activated"] if config.get("ACTIVATE") else []),
+            SHORT[dtype],
+        ]
+        check_record(record, "conv_epilogue-" + "-".join(pieces))
+        assert record.wide_loads > 0
+        assert record.wide_stores > 0
+        assert record.regs <= 64, "more would leave room for too few programs to hide the memory's latency"
+
+
 NORM_DTYPES = {"bf16": (BF16, BF16), "fp32": (F32, F32), "stream32": (F32, BF16)}
 # 1536: the resampler; 2048, 4096, 8192: the 3B, 9B and 80B language models; 64: smoke.
 NORM_CASES = [
@@ -202,6 +236,9 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         y, z, mean, rstd = add_layernorm.launch_forward(x, x, vector, vector, None, 1e-5)
         add_layernorm.launch_backward(y, z, y, x, vector, None, mean, rstd)
         gated_relu2.launch_backward(gated_relu2.launch_forward(x, None), x, None)
+        image = torch.empty(1, 16, 4, 4, device="meta", memory_format=torch.channels_last)
+        conv_epilogue.launch_bias_gelu(image, vector[:16])
+        conv_epilogue.launch_gated_residual(image, None, image, vector[:16], vector[None, :16], activate=True)
         spans = gated_xattn.media_spans(torch.empty(1, 64, dtype=torch.int64, device="meta"), 2)
         out = gated_xattn.forward(q, k, k, spans, None)
         gated_xattn.backward(out, q, k, k, spans, None, chunks=2)
@@ -210,4 +247,4 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         perceiver_attn.launch_backward(out, *inputs, out, lse, 0)
     names = {launch.record.name for launch in device.launches}
     assert {"combine_kernel", "sum_chunks", "media_spans", "xattn_forward", "xattn_backward"} <= names
-    assert guarded == len(device.launches) >= 12
+    assert guarded == len(device.launches) >= 14

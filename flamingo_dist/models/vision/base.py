@@ -37,6 +37,8 @@ class VisionEncoder(nn.Module, ABC):
     """What the encoder computes in and returns."""
     pad_colour: tuple[int, int, int]
     """RGB that the borders of an image which is not square are filled with."""
+    is_compiled: bool = False
+    """Whether `compile_blocks` was called, so that every further number of images costs a compilation."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -61,15 +63,17 @@ class VisionEncoder(nn.Module, ABC):
         return ()
 
     def compile_blocks(self, backend: str) -> None:
-        """Let torch.compile make kernels of each of `repeated_blocks`.
+        """Let torch.compile make kernels of each of `repeated_blocks`, for every number of images anew.
 
-        A sub-batch's number of images varies; after the second number torch.compile takes it for a variable.
+        Numbers of images as a variable are no way out: at NFNet-F6 torch.compile reasoned about them for minutes.
+        `encode_in_batches` keeps them few.
 
         Args:
             backend: of torch.compile.
         """
         for block in self.repeated_blocks():
-            block.compile(backend=backend)
+            block.compile(backend=backend, dynamic=False)
+            self.is_compiled = True
 
     @abstractmethod
     def encode(self, pixels_N3HW: Tensor) -> Tensor:

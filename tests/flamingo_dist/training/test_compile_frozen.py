@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.models.vision import VisionConfig, build_vision
+from flamingo_dist.models.vision.batches import encode_in_batches
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
 from flamingo_dist.training.build import build_model
 from tests import tiny
@@ -120,7 +121,12 @@ def test_probes_and_generation_compile_nothing():
         assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_an_encoders_blocks_compile_for_any_number_of_images():
+def images(count: int) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, 64, 64), generator=gen).to(torch.uint8)
+
+
+def test_an_encoders_blocks_compile_for_few_sizes_of_a_sub_batch():
     config = VisionConfig(name="nfnet-tiny", image_size=64)
     eager, compiled = build_vision(config), build_vision(config)
     torch._dynamo.reset()
@@ -129,14 +135,26 @@ def test_an_encoders_blocks_compile_for_any_number_of_images():
     with patch.object(compiled, "repeated_blocks", lambda: first):
         compiled.compile_blocks("aot_eager")
     graphs = []
-    for count in (4, 3, 5, 2):
-        pixels = torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(count))
-        pixels = pixels.to(torch.uint8)
-        torch.testing.assert_close(compiled(pixels), eager(pixels), atol=1e-5, rtol=1e-5)
+    for count in (7, 3, 4, 2, 1, 9, 5, 6, 8, 0):
+        pixels = images(count)
+        got, want = (encode_in_batches(vision, pixels, 4) for vision in (compiled, eager))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0
-    assert graphs[1] == graphs[-1], "the third number of images compiled something"
+    # Two blocks of two kinds: sub-batches of four, of two and of one.
+    assert graphs == [2, 2, 2, 4, 6, 6, 6, 6, 6, 6]
     assert not counters["graph_break"]
+
+
+def test_one_sub_batch_is_filled_up_no_further_than_the_others():
+    sizes = []
+    vision = build_vision(VisionConfig(name="nfnet-tiny", image_size=64))
+    vision.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    for compiled, want in (False, [[5], [6, 6, 1]]), (True, [[6], [6, 6, 6]]):
+        vision.is_compiled = compiled
+        for count, parts in zip((5, 13), want, strict=True):
+            encode_in_batches(vision, images(count), 6)
+            assert sizes == parts
+            sizes.clear()
 
 
 @pytest.mark.slow
