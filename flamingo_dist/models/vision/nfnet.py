@@ -5,6 +5,7 @@ activation's constant and the blocks' beta, which are factors of what the next c
 """
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class NFNet(VisionEncoder):
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
         x = self.normalise(pixels_N3HW).contiguous(memory_format=torch.channels_last)
-        for conv in self.stem:
+        for conv in cast(Iterable[FrozenConv], self.stem):
             x = bias_gelu_(conv.without_bias(x), conv.bias)
         stream = [x]
         del x  # the stream holds it alone, see `_Block.forward`
@@ -117,7 +118,7 @@ class _Block(nn.Module):
             residual = self.shortcut.without_bias(nn.functional.avg_pool2d(y, 2) if self.pools else y)
             residual_bias = self.shortcut.bias
         y, bias = self.conv0.without_bias(y), self.conv0.bias
-        for conv in self.inner:
+        for conv in cast(Iterable[FrozenConv], self.inner):
             y, bias = conv.without_bias(bias_gelu_(y, bias)), conv.bias
         squeezed = nn.functional.relu(self.squeeze(y.mean((2, 3)) + bias))
         gate_NC = torch.sigmoid(self.excite(squeezed)) * self.scale
