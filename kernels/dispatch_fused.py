@@ -1,5 +1,6 @@
 """Chooses the implementation of the fused element-wise functions around attention and convolutions."""
 
+import torch
 from torch import Tensor
 
 from kernels.add_layernorm import reference as add_layernorm_reference
@@ -58,8 +59,8 @@ def bias_gelu_(x_NCHW: Tensor, bias_C: Tensor, *, implementation: Implementation
     """
     conv_epilogue_reference.check_shapes(x_NCHW, bias_C)
     reason = conv_epilogue_op.unsupported(x_NCHW) if have_triton else None
-    if launches(implementation, "bias_gelu_", x_NCHW, reason):
-        conv_epilogue_op.bias_gelu_op(x_NCHW, bias_C)
+    if launches(implementation, "bias_gelu_", x_NCHW, reason) and _is_eager(x_NCHW):
+        conv_epilogue_op.launch_bias_gelu(x_NCHW, bias_C)
         return x_NCHW
     return conv_epilogue_reference.bias_gelu_(x_NCHW, bias_C)
 
@@ -82,7 +83,16 @@ def gated_residual_(
     conv_epilogue_reference.check_shapes(y_NCHW, bias_C, residual_NCHW, residual_bias_C, gate_NC)
     given = (residual_NCHW, residual_bias_C, y_NCHW, bias_C, gate_NC)
     reason = conv_epilogue_op.unsupported(y_NCHW, residual_NCHW) if have_triton else None
-    if launches(implementation, "gated_residual_", y_NCHW, reason):
-        activated_NCHW = conv_epilogue_op.gated_residual_op(*given, activate)
+    if launches(implementation, "gated_residual_", y_NCHW, reason) and _is_eager(y_NCHW):
+        activated_NCHW = conv_epilogue_op.launch_gated_residual(*given, activate)
         return y_NCHW, activated_NCHW if activate else None
     return conv_epilogue_reference.gated_residual_(*given, activate=activate)
+
+
+def _is_eager(x_NCHW: Tensor) -> bool:
+    """Return whether `x_NCHW` [N, C, H, W] is there to be computed on.
+
+    torch.compile fuses what follows a convolution by itself; of a fake tensor shapes alone are asked, which the
+    reference has too.
+    """
+    return not torch.compiler.is_compiling() and type(x_NCHW) is Tensor

@@ -121,6 +121,8 @@ class Relu2Shape:
 
 Shape: TypeAlias = XattnShape | PerceiverShape | AddNormShape | Relu2Shape
 OPS = ("gated_xattn", "perceiver_attn", "add_layernorm", "gated_relu2")
+UNTIMED = ("conv_epilogue",)
+"""Kernels that are timed in a step alone (`flamingo bench step --pixels --profile`)."""
 
 
 def sizes(shape: Shape) -> dict[str, Any]:

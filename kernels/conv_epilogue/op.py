@@ -1,4 +1,8 @@
-"""What follows a frozen convolution as torch operators (`flamingo::bias_gelu_`, `flamingo::gated_residual_`)."""
+"""Launches of the kernels that follow a frozen convolution.
+
+They are no operators of torch's: without a derivative none is needed, and an encoder launches hundreds in a few tens of
+milliseconds, where an operator's way through the dispatcher would cost more than the launch.
+"""
 
 import torch
 from torch import Tensor
@@ -26,61 +30,8 @@ def unsupported(*grids: Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("flamingo::bias_gelu_", mutates_args={"x_NCHW"})
-def bias_gelu_op(x_NCHW: Tensor, bias_C: Tensor) -> None:
-    """Overwrite x with gelu(x + bias), in its tanh form; no derivative.
-
-    Args:
-        x_NCHW: [N, C, H, W] channels-last, fp32, fp16 or bf16.
-        bias_C: [C], floating.
-    """
-    launch_bias_gelu(x_NCHW, bias_C)
-
-
-@bias_gelu_op.register_fake
-def _(x_NCHW: Tensor, bias_C: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("flamingo::gated_residual_", mutates_args={"y_NCHW"})
-def gated_residual_op(
-    residual_NCHW: Tensor,
-    residual_bias_C: Tensor | None,
-    y_NCHW: Tensor,
-    bias_C: Tensor,
-    gate_NC: Tensor,
-    activate: bool,
-) -> Tensor:
-    """Overwrite y with out = (residual + residual_bias) + (y + bias) * gate; no derivative.
-
-    Args:
-        residual_NCHW: [N, C, H, W] channels-last, fp32, fp16 or bf16.
-        residual_bias_C: [C], floating, or None.
-        y_NCHW: shape, layout and dtype of `residual_NCHW`.
-        bias_C: [C], floating.
-        gate_NC: [N, C], floating.
-        activate: whether gelu(out) is wanted.
-
-    Returns:
-        gelu(out) in its tanh form, shape, layout and dtype of `y_NCHW`; without `activate` an empty [0].
-    """
-    return launch_gated_residual(residual_NCHW, residual_bias_C, y_NCHW, bias_C, gate_NC, activate)
-
-
-@gated_residual_op.register_fake
-def _(
-    residual_NCHW: Tensor,
-    residual_bias_C: Tensor | None,
-    y_NCHW: Tensor,
-    bias_C: Tensor,
-    gate_NC: Tensor,
-    activate: bool,
-) -> Tensor:
-    return _room(y_NCHW, activate)
-
-
 def launch_bias_gelu(x_NCHW: Tensor, bias_C: Tensor) -> None:
-    """Launch the kernel of `flamingo::bias_gelu_`.
+    """Overwrite x with gelu(x + bias), in its tanh form.
 
     Args:
         x_NCHW: [N, C, H, W] channels-last, overwritten.
@@ -107,7 +58,7 @@ def launch_gated_residual(
     gate_NC: Tensor,
     activate: bool,
 ) -> Tensor:
-    """Launch the kernel of `flamingo::gated_residual_`.
+    """Overwrite y with out = (residual + residual_bias) + (y + bias) * gate.
 
     Args:
         residual_NCHW: [N, C, H, W] channels-last.

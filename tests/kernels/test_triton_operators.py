@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import dispatch, dispatch_fused
 from kernels.add_layernorm.op import add_layernorm_backward_op, add_layernorm_op
-from kernels.conv_epilogue.op import bias_gelu_op, gated_residual_op
 from kernels.gated_relu2.op import gated_relu2_backward_op, gated_relu2_op
 from kernels.gated_xattn.op import gated_xattn_backward_op, gated_xattn_op, media_spans_op
 from kernels.perceiver_attn.op import perceiver_attn_backward_op, perceiver_attn_op
@@ -47,14 +46,6 @@ def gated_relu2(device: str, *, gated: bool) -> Calls:
     return [(gated_relu2_op, tuple(wanting(*given))), (gated_relu2_backward_op, (torch.ones_like(u), *given))]
 
 
-def conv_epilogue(device: str, *, biased: bool, activate: bool) -> Calls:
-    """Without a backward: nothing wants gradients."""
-    residual, y, second, bias, gate = randn(device, (2, 3, 4, 5), (2, 3, 4, 5), (3,), (3,), (2, 3))
-    residual, y = (x.contiguous(memory_format=torch.channels_last) for x in (residual, y))
-    given = (residual, second if biased else None, y, bias, gate, activate)
-    return [(bias_gelu_op, (y.clone(), bias)), (gated_residual_op, given)]
-
-
 def gated_xattn(device: str, *, gated: bool) -> Calls:
     q, k, v, gate = randn(device, (1, 8, 1, 16), (1, 5, 1, 16), (1, 5, 1, 16), ())
     spans = torch.tensor([[1, 6]], dtype=torch.int32, device=device)
@@ -84,11 +75,6 @@ OPERATORS: dict[str, Callable[[str], Calls]] = {
         for dtype in (F32, BF16)
     },
     **{f"gated_relu2-{gated}": partial(gated_relu2, gated=gated) for gated in (False, True)},
-    **{
-        f"conv_epilogue-{biased}-{activate}": partial(conv_epilogue, biased=biased, activate=activate)
-        for biased in (False, True)
-        for activate in (False, True)
-    },
     **{f"gated_xattn-{gated}": partial(gated_xattn, gated=gated) for gated in (False, True)},
     **{f"perceiver_attn-{masked}": partial(perceiver_attn, masked=masked) for masked in (False, True)},
 }

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flamingo_dist.models.vision import VisionConfig, VisionEncoder, build_vision
 from kernels import dispatch_fused
+from kernels.conv_epilogue import op as conv_epilogue_op
 from tests.kernels.interpreting import poisoned, relative
 
 pytestmark = pytest.mark.modes("interpret", "cuda")
@@ -35,6 +36,12 @@ def encode(encoder: VisionEncoder, device: str, monkeypatch: pytest.MonkeyPatch,
             return encoder(pixels.to(device, torch.uint8))
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """On a GPU convolutions of fp32 would be in TF32, and 2e-3 apart with and without their bias (H200)."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nfnet_gives_what_it_gives_on_torchs_operators(dtype, device, monkeypatch):
     encoder = nfnet(device, dtype)
@@ -47,11 +54,14 @@ def test_nfnet_gives_what_it_gives_on_torchs_operators(dtype, device, monkeypatc
         assert relative(got, exact_) < 2.5 * relative(want, exact_), "the interpreter truncates to bf16"
 
 
-def test_nfnets_blocks_compile_with_the_kernels_in_them(device, monkeypatch):
+def test_compiled_blocks_leave_the_fusing_to_the_compiler(device, monkeypatch):
     encoder = nfnet(device, "float32")
     want = encode(encoder, device, monkeypatch, fused=True)
     torch._dynamo.reset()
-    for block in list(encoder.repeated_blocks())[:2]:
+    for block in encoder.repeated_blocks():
         block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    launched = []
+    monkeypatch.setattr(conv_epilogue_op, "launch_gated_residual", lambda *given: launched.append(given))
     got = encode(encoder, device, monkeypatch, fused=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert not launched
