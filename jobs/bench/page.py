@@ -164,7 +164,8 @@ def _step_goals(rows: Sequence[Row]) -> Iterator[str]:
         if row.ours and row.shape in ("3b", "9b") and row.useful_mfu is not None:
             met = "yes" if row.useful_mfu >= 0.4 else "no"
             yield f"| step: useful MFU 40% | {row.shape}, {row.sizes} | {row.useful_mfu:.1%} | {met} |"
-        theirs = [r for r in steps if r.shape == row.shape and "IDEFICS" in r.contender]
+        alike = [r for r in steps if (r.shape, r.sizes) == (row.shape, row.sizes)]
+        theirs = [r for r in alike if "IDEFICS" in r.contender]
         if row.ours and row.shape == "3b-idefics" and theirs and row.median_ms:
             ratio = _time(theirs[0]) / row.median_ms
             met = "yes" if ratio >= 2 else "no"
