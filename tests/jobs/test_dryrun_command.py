@@ -57,7 +57,8 @@ def test_the_large_recipes_agree_with_the_planner_at_full_size(capsys, recipe, w
     assert said["disagreements"] == []
     assert said["residency"] == frozen
     kinds = said["planner"]["memory"]
-    for kind in ("vision", "frozen", "trainable", "gradients", "optimizer", "reduce_buckets", "activations"):
+    assert {"vision", "frozen", "trainable", "gradients", "optimizer", "activations"} <= set(kinds)
+    for kind in set(kinds) - {"batches"}:  # ZeRO 1, of the 80B, has no buckets to reduce
         assert abs(kinds[kind]["off"]) <= 0.1, kind
     assert all(abs(pair["off"]) <= 0.1 for pair in said["planner"]["traffic"].values())
 
