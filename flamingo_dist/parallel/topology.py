@@ -37,6 +37,9 @@ class ParallelConfig:
     compile_frozen: bool = False
     """Run the frozen LM's blocks, in training, and the vision encoder's through torch.compile; needs resident frozen
     weights. The first step of each data set then waits for the compiler."""
+    fuse_encoder: bool = False
+    """Run what follows an NFNet's convolutions on Triton kernels: less work for the GPU, more for the host, which
+    could not keep up with the H200 that was tried (`docs/speed.md`)."""
     collective_timeout_seconds: int = 600
     """A collective that waits longer than this fails the run instead of hanging it."""
 

@@ -108,6 +108,8 @@ def build_model(
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)
         model.to(world_device())
+    if parallel.fuse_encoder:
+        model.vision.fuse()
     if parallel.compile_frozen:
         model.compile_frozen()
     return model

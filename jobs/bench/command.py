@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     step.add_argument("--pixels", action="store_true", help="pixels through the encoder, not ready features")
     step.add_argument(
+        "--fuse-encoder", action="store_true", help="with parallel.fuse_encoder; wants --pixels"
+    )
+    step.add_argument(
         "--profile", action="store_true", help="our steps by part and operator, into OUT/profile"
     )
     losses = _command(commands, "losses", _losses, "short training run against the CPU's references")
@@ -200,6 +203,7 @@ def _step(given: argparse.Namespace) -> int:
         recompute=RECOMPUTE[given.recompute],
         compiled=given.compiled,
         contenders=given.contenders,
+        fuse_encoder=given.fuse_encoder,
         profile=given.out if given.profile else None,
     )
     path = given.out / ("step-pixels.json" if given.pixels else "step.json")

@@ -73,6 +73,8 @@ class StepConfig:
     """Run a contender with compiled frozen blocks, too."""
     contenders: Sequence[str] = ()
     """Contenders whose name holds one of these; all if empty. The others must agree with the first that runs."""
+    fuse_encoder: bool = False
+    """Run the encoder with `parallel.fuse_encoder`."""
     profile: Path | None = None
     """Folder for the profile of each of our steps; None makes none."""
 
@@ -222,6 +224,8 @@ class _Step:
         ours = build(
             self.config, config.dtype, config.device, seed=0, recompute=config.recompute, draw_there=True
         )
+        if config.fuse_encoder:
+            ours.vision.fuse()
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
         if contender == COMPILED:
             ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")

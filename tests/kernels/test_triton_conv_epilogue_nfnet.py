@@ -19,6 +19,7 @@ def nfnet(device: str, dtype: str) -> VisionEncoder:
     for name, buffer in encoder.named_buffers():
         if name.endswith("bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=gen))
+    encoder.fuse()
     return encoder.to(device)
 
 

@@ -62,6 +62,9 @@ class VisionEncoder(nn.Module, ABC):
         """Return the blocks that most of the work is in; none where there are no such blocks."""
         return ()
 
+    def fuse(self) -> None:
+        """Take fused kernels where the encoder has any; most have none."""
+
     def compile_blocks(self, backend: str) -> None:
         """Let torch.compile make kernels of each of `repeated_blocks`, for every number of images anew.
 

@@ -22,6 +22,7 @@ from flamingo_dist.models.vision.nfnet_shape import (
 )
 from flamingo_dist.models.vision.nfnet_weights import Published, Reader, drawn, empty
 from flamingo_dist.models.weights.source import WeightSource
+from kernels.dispatch import Implementation
 from kernels.dispatch_fused import bias_gelu_, gated_residual_
 
 GAMMA = 1.7015043497085571
@@ -35,6 +36,9 @@ class NFNet(VisionEncoder):
 
     Input is normalised by ImageNet's mean and standard deviation, as the published code does.
     """
+
+    implementation: Implementation = "reference"
+    """Of what follows a convolution, see `fuse`."""
 
     def __init__(self, config: VisionConfig, source: WeightSource | None = None) -> None:
         """Load or draw the weights.
@@ -62,23 +66,31 @@ class NFNet(VisionEncoder):
         """Return the residual blocks."""
         return self.blocks
 
+    def fuse(self) -> None:
+        """Take one Triton kernel for what follows a convolution, where it can run."""
+        self.implementation = "auto"
+        for block in cast(Iterable[_Block], self.blocks):
+            block.implementation = "auto"
+
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
         x = self.normalise(pixels_N3HW).contiguous(memory_format=torch.channels_last)
         for conv in cast(Iterable[FrozenConv], self.stem):
-            x = bias_gelu_(conv.without_bias(x), conv.bias)
+            x = bias_gelu_(conv.without_bias(x), conv.bias, implementation=self.implementation)
         stream = [x]
         del x  # the stream holds it alone, see `_Block.forward`
         for block in self.blocks:
             stream = block(stream)
         x = self.final.without_bias(stream.pop())
-        return flatten_grid(bias_gelu_(x, self.final.bias).mul_(GAMMA))
+        x = bias_gelu_(x, self.final.bias, implementation=self.implementation)
+        return flatten_grid(x.mul_(GAMMA))
 
 
 class _Block(nn.Module):
     """A residual block: bottleneck with two grouped 3x3 convolutions, squeeze-and-excite, skip gain."""
 
     scale: Tensor
+    implementation: Implementation = "reference"
 
     def __init__(self, block: BlockShape, parts: "_Parts", *, last: bool) -> None:
         super().__init__()
@@ -119,10 +131,18 @@ class _Block(nn.Module):
             residual_bias = self.shortcut.bias
         y, bias = self.conv0.without_bias(y), self.conv0.bias
         for conv in cast(Iterable[FrozenConv], self.inner):
-            y, bias = conv.without_bias(bias_gelu_(y, bias)), conv.bias
+            y, bias = conv.without_bias(bias_gelu_(y, bias, implementation=self.implementation)), conv.bias
         squeezed = nn.functional.relu(self.squeeze(y.mean((2, 3)) + bias))
         gate_NC = torch.sigmoid(self.excite(squeezed)) * self.scale
-        out, activated = gated_residual_(residual, residual_bias, y, bias, gate_NC, activate=not self.last)
+        out, activated = gated_residual_(
+            residual,
+            residual_bias,
+            y,
+            bias,
+            gate_NC,
+            activate=not self.last,
+            implementation=self.implementation,
+        )
         return [out] if activated is None else [out, activated]
 
 
