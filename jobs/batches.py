@@ -17,11 +17,13 @@ def to_train_batch(batch: Batch, device: torch.device) -> TrainBatch:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
-    return TrainBatch(
+    made = TrainBatch(
         tokens_BT=tensor(batch.tokens_BT),
         loss_mask_BT=tensor(batch.loss_mask_BT),
         media_index_BT=tensor(batch.media_index_BT),
         media=tensor(batch.media),
         media_mask_BM=tensor(batch.media_mask_BM),
         segments_BT=None if batch.segments_BT is None else tensor(batch.segments_BT),
-    ).to(device)
+    )
+    # From page-locked memory a GPU copies while the host goes on.
+    return (made.pinned() if device.type == "cuda" else made).to(device)

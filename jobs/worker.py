@@ -12,6 +12,8 @@ import ray
 import torch
 import torch.distributed as dist
 
+from data_pipeline.batch import Batch
+from data_pipeline.errors import ResumeError
 from data_pipeline.feed import Feed
 from flamingo_dist.parallel.topology import Topology, init_groups, world_device
 from flamingo_dist.parallel.zero import is_plain
@@ -51,15 +53,35 @@ class WorkerTask:
 
 
 class FeedSource:
-    """The training loop's batches, from a feed of the data pipeline."""
+    """The training loop's batches, from a feed of the data pipeline.
 
-    def __init__(self, feed: Feed, device: torch.device) -> None:
-        """Take batches from `feed` to `device`."""
-        self._feed, self._device, self._bad = feed, device, 0
+    Where the data sets take turns, one step of the feed lasts for as many of training: each data set's batch waits for
+    its turn, so that none is read and left out.
+    """
+
+    def __init__(self, feed: Feed, device: torch.device, *, turns: int = 1) -> None:
+        """Take batches from `feed` to `device`.
+
+        Args:
+            feed: of all data sets, in the order in which they take turns.
+            device: where they go.
+            turns: steps of training to a step of the feed: 1, or the number of data sets.
+        """
+        self._feed, self._device, self._turns = feed, device, turns
+        self._held: tuple[int, dict[str, Batch]] | None = None
+        self._bad = 0
 
     def next(self, step: int) -> dict[str, TrainBatch]:
         """Return the batches of `step`."""
-        batches = self._feed.next(step)
+        asked, turn = divmod(step, self._turns)
+        if self._held is None or self._held[0] != asked:
+            self._held = asked, self._feed.next(asked)
+        batches = self._held[1]
+        if self._turns > 1:
+            name = list(batches)[turn]
+            batches = {name: batches[name]}
+        else:
+            self._held = None
         self._bad = sum(len(batch.skips) for batch in batches.values())
         return {name: to_train_batch(batch, self._device) for name, batch in batches.items()}
 
@@ -68,12 +90,24 @@ class FeedSource:
         return self._bad
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the position before `step`."""
-        return self._feed.state(step)
+        """Return the position before `step`: the feed's, and whose turn it is."""
+        asked, turn = divmod(step, self._turns)
+        return {**self._feed.state(asked), "turns": self._turns, "turn": turn}
 
     def check_state(self, saved: Mapping[str, Any]) -> int:
-        """Check a saved position."""
-        return self._feed.check_state(saved)
+        """Return the step that a saved position stands before.
+
+        Raises:
+            ResumeError: the data differ, or how the data sets take turns.
+        """
+        turns = saved.get("turns", 1)
+        if turns != self._turns:
+            raise ResumeError(
+                f"the data cannot be continued where the checkpoint stopped: a feed step lasted for {turns} steps "
+                f"of training, and now for {self._turns} (train.mixing). Restore it, or start a new run from the "
+                "checkpoint's weights alone"
+            )
+        return self._feed.check_state(saved) * turns + int(saved.get("turn", 0))
 
 
 class RunObserver:
@@ -145,7 +179,11 @@ def train_process(task: WorkerTask) -> TrainOutcome:
         metrics.append({"kind": "peak", "tflops": peak.flops / 1e12, "source": peak.source})
     loop = TrainLoop(
         step,
-        FeedSource(task.feeds[topology.data_rank, topology.tensor_rank], device),
+        FeedSource(
+            task.feeds[topology.data_rank, topology.tensor_rank],
+            device,
+            turns=len(config.data.train) if config.train.mixing == "round_robin" else 1,
+        ),
         RunObserver(metrics, task.control, is_first=is_first),
         config=config.train,
         topology=topology,

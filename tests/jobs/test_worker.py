@@ -1,14 +1,20 @@
 """What a training process does with its errors, without Ray: `FakeControl` is the actor, called at once."""
 
+import json
 from typing import Any
 
 import pytest
+import torch
 
+from data_pipeline.errors import ResumeError
+from data_pipeline.feed import LocalFeed
+from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.training.checkpoint_folder import CheckpointError
 from jobs import driver, worker
 from jobs.control import Control
 from jobs.errors import RunFailedError
 from jobs.recipes.smoke import smoke
+from tests.data_pipeline.corpora import one_of_each
 
 
 class _Method:
@@ -112,3 +118,33 @@ def test_the_driver_raises_what_it_was_told(control, raised):
 def test_the_driver_sums_up_what_it_was_not_told(control):
     with pytest.raises(RunFailedError, match="a training process failed: worker group failed"):
         driver._fit(Trainer(RuntimeError("worker group failed")), control, smoke())
+
+
+def test_data_sets_that_take_turns_are_read_whole(tmp_path):
+    """Each read a batch in every step, and lost all but those of its turns."""
+    datasets = one_of_each(tmp_path)
+
+    def feed() -> LocalFeed:
+        return LocalFeed(datasets, TokenizerConfig(), seed=3)
+
+    turns, cpu = len(datasets), torch.device("cpu")
+    assert turns == 3
+    whole, source = feed(), worker.FeedSource(feed(), cpu, turns=turns)
+    for step in range(2 * turns):
+        (name, batch), *others = source.next(step).items()
+        assert others == []
+        assert name == datasets[step % turns].name
+        assert torch.equal(batch.tokens_BT, torch.from_numpy(whole.next(step // turns)[name].tokens_BT))
+    saved = json.loads(json.dumps(source.state(turns + 2)))
+    later = worker.FeedSource(feed(), cpu, turns=turns)
+    assert later.check_state(saved) == turns + 2
+    assert list(later.next(turns + 2)) == [datasets[2].name]
+    with pytest.raises(ResumeError, match="train.mixing"):
+        worker.FeedSource(feed(), cpu).check_state(saved)
+
+
+def test_a_position_of_all_data_sets_is_the_feeds(tmp_path):
+    feed = LocalFeed(one_of_each(tmp_path), TokenizerConfig(), seed=3)
+    source = worker.FeedSource(feed, torch.device("cpu"))
+    assert len(source.next(0)) == 3
+    assert source.check_state(source.state(5)) == source.check_state(feed.state(5)) == 5
