@@ -137,7 +137,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         Stage(
             name="profile",
             command=[*bench, "step", *profile, *out[:-1], str(folder / "profile")],
-            share=0.16 * limit,
+            share=0.12 * limit,
         ),
         # Last, so that what the others left over is its own.
         Stage(name="kernels", command=kernels, share=limit),
