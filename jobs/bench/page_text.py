@@ -9,6 +9,7 @@ flamingo bench kernels --budget-seconds 240   # the most important shapes first,
 flamingo bench kernels --ops gated_xattn --levels core --shapes 9B
 flamingo bench step --networks 9b 80b-tp8     # the step level alone, other sizes
 flamingo bench step --networks 3b --pixels --profile   # where the time goes, vision encoder included
+flamingo bench step --networks 3b-idefics --rows 4 --length 2048 --media 32   # long contexts
 flamingo bench losses                         # a short fp32 training run against the same run on the CPU
 python -m jobs.bench.tune                     # other tiles than the kernels' tables hold, by time
 flamingo bench page benchmarks/results/*.json --page docs/benchmarks.md
@@ -26,7 +27,7 @@ whole path, from the checks to a page, to test the benchmark itself. Results are
 expensive operators) and a Chrome trace each. The parts are ranges in the training code
 (`flamingo_dist.models.ranges`), which Nsight Systems shows too under `torch.autograd.profiler.emit_nvtx`; without a
 profiler they cost 0.1 us. `--pixels` sends images through NFNet-F6 instead of starting from features; `--compiled` adds
-our step with the frozen blocks under torch.compile (`parallel.compile_frozen`).
+our step with the frozen blocks under torch.compile (`parallel.compile_frozen`); `--fuse-encoder`.
 """
 
 MEASURED = """
