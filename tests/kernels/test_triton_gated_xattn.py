@@ -295,7 +295,9 @@ SHORT_MUTANTS = [
     Mutant("rows beyond a short image", "inside = row < end - start", "inside = row < B * T - start"),
     Mutant("a full tile is nobody's", "(end - start <= BLOCK_M)", "(end - start < BLOCK_M)"),
     Mutant("all short images write one dv", "dv += tl.cast(image, tl.int64)", "dv += tl.cast(0, tl.int64)"),
-    Mutant("holes before short images left unwritten", "    zero_holes(dq, ", "    zero_holes(dk, "),
+    Mutant(
+        "holes before short images left unwritten", "spans, image, IMAGES, B", "spans, image * 0, IMAGES, B"
+    ),
 ]
 
 
