@@ -16,7 +16,6 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import ResumeError
 from data_pipeline.feed import Feed
 from flamingo_dist.parallel.topology import Topology, init_groups, world_device
-from flamingo_dist.parallel.zero import is_plain
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.build import build_engine
 from flamingo_dist.training.loop import Record, TrainLoop, TrainOutcome
@@ -167,8 +166,7 @@ def train_process(task: WorkerTask) -> TrainOutcome:
         config.train,
         topology,
         {name: dataset.weight_at for name, dataset in config.data.train.items()},
-        plain_optimizer=is_plain(config.parallel, config.train.torch_dtype),
-        micro_rows=config.parallel.micro_rows,
+        config.parallel,
     )
     run_dir = Path(task.run_dir)
     held_out = HeldOut(engine, config, topology, device, PictureBook(task.pictures))

@@ -84,8 +84,7 @@ def gated_residual_(
     given = (residual_NCHW, residual_bias_C, y_NCHW, bias_C, gate_NC)
     reason = conv_epilogue_op.unsupported(y_NCHW, residual_NCHW) if have_triton else None
     if launches(implementation, "gated_residual_", y_NCHW, reason) and _is_eager(y_NCHW):
-        activated_NCHW = conv_epilogue_op.launch_gated_residual(*given, activate)
-        return y_NCHW, activated_NCHW if activate else None
+        return y_NCHW, conv_epilogue_op.launch_gated_residual(*given, activate)
     return conv_epilogue_reference.gated_residual_(*given, activate=activate)
 
 

@@ -1,6 +1,5 @@
 """A tiny network and batches for tests, equal on every layout."""
 
-from dataclasses import replace
 
 import torch
 
@@ -11,7 +10,6 @@ from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
-from flamingo_dist.parallel.zero import is_plain
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.build import build_engine
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
@@ -82,8 +80,7 @@ def batch(name: str, step: int, *, rows: int = 4) -> TrainBatch:
 def local(whole: TrainBatch, topology: Topology) -> TrainBatch:
     """This data-parallel rank's rows."""
     rows = whole.tokens_BT.shape[0] // topology.data
-    part = slice(topology.data_rank * rows, (topology.data_rank + 1) * rows)
-    return replace(whole, **{n: v[part] for n, v in vars(whole).items() if v is not None})
+    return whole.rows(slice(topology.data_rank * rows, (topology.data_rank + 1) * rows))
 
 
 def batches(step: int, topology: Topology) -> dict[str, TrainBatch]:
@@ -98,5 +95,4 @@ def make_step(
 ) -> TrainStep:
     train = train or train_config()
     engine = build_engine(config or network(), train, parallel, topology)
-    plain = is_plain(parallel, train.torch_dtype)
-    return TrainStep(engine, train, topology, WEIGHTS, plain_optimizer=plain, micro_rows=parallel.micro_rows)
+    return TrainStep(engine, train, topology, WEIGHTS, parallel)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from flamingo_dist.parallel.topology import Topology
-from flamingo_dist.parallel.zero import is_plain
 from flamingo_dist.planning.claims import claim, follow_gradients
 from flamingo_dist.planning.collectives import Totals
 from flamingo_dist.planning.ledger import Ledger
@@ -84,12 +83,10 @@ def follow(
     follow_gradients(ledger, engine)
     claim(ledger, engine)
     built, build_peak = time.perf_counter(), ledger.peak_bytes
-    plain = is_plain(work.parallel, train.torch_dtype)
 
     def steps(names: Iterable[str]) -> TrainStep:
         weights = dict.fromkeys(names, 1.0)
-        micro_rows = work.parallel.micro_rows
-        return TrainStep(engine, train, topology, weights, plain_optimizer=plain, micro_rows=micro_rows)
+        return TrainStep(engine, train, topology, weights, work.parallel)
 
     steps(list(batches)[-1:]).run(0, batches)
     claim(ledger, engine)
@@ -130,7 +127,7 @@ def dry_run(work: Workload, train: TrainConfig, topology: Topology, *, like_gpu:
     with fake_rank(topology, like_gpu=like_gpu), Ledger() as ledger:
         batches = {data.name: local_batch(data, work, dp) for data in work.datasets}
         for batch in batches.values():
-            for tensor in (t for t in vars(batch).values() if isinstance(t, torch.Tensor)):
+            for tensor in batch.tensors().values():
                 ledger.mark(tensor, "batches")
         figures, _ = follow(ledger, topology, work, train, batches)
     return figures

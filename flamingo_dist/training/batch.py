@@ -68,22 +68,14 @@ class TrainBatch:
         """
         if not 0 < rows < len(self.tokens_BT):
             return [self]
-        number = -(-len(self.tokens_BT) // rows)
-        tensors = {
-            name: [None] * number if value is None else value.split(rows)
-            for name, value in self._tensors().items()
-        }
-        counts: list[RowCounts | None] = [None] * number
+        return [self.rows(slice(at, at + rows)) for at in range(0, len(self.tokens_BT), rows)]
+
+    def rows(self, part: slice) -> "TrainBatch":
+        """Return some of the batch's rows, as views of its tensors."""
+        counts = None
         if self.counts is not None:
-            of_rows = vars(self.counts).values()
-            counts = [
-                RowCounts(*(row[at : at + rows] for row in of_rows))
-                for at in range(0, len(self.tokens_BT), rows)
-            ]
-        return [
-            replace(self, counts=counted, **dict(zip(tensors, values, strict=True)))
-            for counted, *values in zip(counts, *tensors.values(), strict=True)
-        ]
+            counts = RowCounts(*(of_rows[part] for of_rows in vars(self.counts).values()))
+        return replace(self.each(lambda tensor: tensor[part]), counts=counts)
 
     def num_sequences(self) -> int:
         """Return how many sequences there are, empty ones included."""
@@ -115,12 +107,11 @@ class TrainBatch:
         assert counts is not None, "just counted"
         return counts
 
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {name: value for name, value in vars(self).items() if name != "counts"}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
         """Return the batch with every tensor (of any shape) changed."""
-        changed: dict[str, Any] = {
-            name: None if value is None else change(value) for name, value in self._tensors().items()
-        }
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)

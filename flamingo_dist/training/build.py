@@ -107,7 +107,6 @@ def build_model(
     if parallel.frozen == "resident":
         make_frozen_resident(model.lm, dtype)
         make_frozen_resident(model)
-        model.to(world_device())
     if parallel.fuse_encoder:
         model.vision.fuse()
     if parallel.compile_frozen:

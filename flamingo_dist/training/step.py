@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.ranges import part
-from flamingo_dist.parallel.topology import MegatronMPU, Topology
+from flamingo_dist.parallel.topology import MegatronMPU, ParallelConfig, Topology
+from flamingo_dist.parallel.zero import is_plain
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.optimizer import set_lr
@@ -66,9 +67,7 @@ class TrainStep:
         config: TrainConfig,
         topology: Topology,
         weights: Mapping[str, float | Callable[[int], float]],
-        *,
-        plain_optimizer: bool,
-        micro_rows: int = 0,
+        parallel: ParallelConfig,
     ) -> None:
         """Prepare.
 
@@ -77,15 +76,15 @@ class TrainStep:
             config: training settings.
             topology: the run's degrees.
             weights: lambda by data set, or a function that gives it by step; in the order of the backward passes.
-            plain_optimizer: whether the norm, the clip and the check are ours (see `parallel.zero.is_plain`).
-            micro_rows: most rows of a batch with a forward and backward of their own, 0 for all.
+            parallel: how the engine was built; says whether the norm, the clip and the check are ours
+                (`parallel.zero.is_plain`), and how many rows go through at once.
         """
         self.engine = engine
         self.config = config
         self.topology = topology
         self.weights = dict(weights)
-        self.plain_optimizer = plain_optimizer
-        self.micro_rows = micro_rows
+        self.plain_optimizer = is_plain(parallel, config.torch_dtype)
+        self.micro_rows = parallel.micro_rows
         self.bad_in_a_row = 0
         self.skipped = 0
 

@@ -17,6 +17,8 @@ from torch import nn
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
 from flamingo_dist.training.batch import TrainBatch
+from flamingo_dist.training.config import OptimizerConfig, TrainConfig
+from flamingo_dist.training.optimizer import make_optimizer, set_lr
 from jobs.bench.networks import (
     BatchConfig,
     build,
@@ -38,6 +40,8 @@ WEIGHTS = {"documents": 1.0, "pairs": 0.2}
 """Weights of the data sets' losses."""
 SEED = 1
 """Of the first weights."""
+OPTIMIZER = OptimizerConfig(lr=3e-3, warmup_steps=5, gate_lr_scale=10.0)
+"""As the recipe's."""
 
 LAYOUTS = {
     "ZeRO 1": ParallelConfig(zero_stage=1),
@@ -110,12 +114,6 @@ def _network(implementation: str) -> FlamingoConfig:
     return with_implementation(smoke_network(), implementation, gate_init=0.5)
 
 
-def _optimizer() -> Any:
-    from flamingo_dist.training.config import OptimizerConfig
-
-    return OptimizerConfig(lr=3e-3, warmup_steps=5, gate_lr_scale=10.0)
-
-
 def _batches(config: LossesConfig) -> Iterator[dict[str, TrainBatch]]:
     """Yield each step's batches by data set, on the CPU."""
     sizes = {
@@ -137,22 +135,19 @@ def _batches(config: LossesConfig) -> Iterator[dict[str, TrainBatch]]:
 
 def _train(config: LossesConfig, implementation: str, device: torch.device) -> list[_Step]:
     """Train without an engine and return what each step measured."""
-    from flamingo_dist.training.optimizer import make_optimizer, set_lr
-
     model = build(_network(implementation), torch.float32, device, seed=SEED)
-    settings = _optimizer()
-    optimizer = make_optimizer(model.named_parameters(), settings)
+    optimizer = make_optimizer(model.named_parameters(), OPTIMIZER)
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = []
     for number, batches in enumerate(_batches(config)):
-        set_lr(optimizer.param_groups, settings, number)
+        set_lr(optimizer.param_groups, OPTIMIZER, number)
         losses = {}
         for name, weight in WEIGHTS.items():
             batch = batches[name].to(device)
             loss = nll_sum(model, batch, batch.targets()) / batch.num_loss_tokens()
             (weight * loss).backward()
             losses[name] = float(loss.detach())
-        norm = float(nn.utils.clip_grad_norm_(trained, settings.clip_norm))
+        norm = float(nn.utils.clip_grad_norm_(trained, OPTIMIZER.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps.append(_Step(losses, norm))
@@ -161,21 +156,14 @@ def _train(config: LossesConfig, implementation: str, device: torch.device) -> l
 
 def _train_engine(config: LossesConfig, parallel: ParallelConfig) -> list[_Step]:
     """Train as a run does, through DeepSpeed, and return what each step measured."""
-    from flamingo_dist.parallel.zero import is_plain
+    # Here: without DeepSpeed, which a machine that only measures may lack, neither can be imported.
     from flamingo_dist.training.build import build_engine
-    from flamingo_dist.training.config import TrainConfig
     from flamingo_dist.training.step import TrainStep
 
     topology = Topology(world=1, rank=0, tensor=1)
-    train = TrainConfig(steps=config.steps, dtype="fp32", seed=SEED, optimizer=_optimizer())
-    step = TrainStep(
-        build_engine(_network("triton"), train, parallel, topology),
-        train,
-        topology,
-        WEIGHTS,
-        plain_optimizer=is_plain(parallel, train.torch_dtype),
-        micro_rows=parallel.micro_rows,
-    )
+    train = TrainConfig(steps=config.steps, dtype="fp32", seed=SEED, optimizer=OPTIMIZER)
+    engine = build_engine(_network("triton"), train, parallel, topology)
+    step = TrainStep(engine, train, topology, WEIGHTS, parallel)
     steps = []
     for number, batches in enumerate(_batches(config)):
         found = step.run(number, {name: batch.to(config.device) for name, batch in batches.items()})

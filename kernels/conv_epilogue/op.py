@@ -57,7 +57,7 @@ def launch_gated_residual(
     bias_C: Tensor,
     gate_NC: Tensor,
     activate: bool,
-) -> Tensor:
+) -> Tensor | None:
     """Overwrite y with out = (residual + residual_bias) + (y + bias) * gate.
 
     Args:
@@ -69,10 +69,10 @@ def launch_gated_residual(
         activate: whether gelu(out) is wanted.
 
     Returns:
-        gelu(out), [N, C, H, W] channels-last, or an empty [0].
+        gelu(out), [N, C, H, W] channels-last, or None.
     """
     _assert_layout(residual_NCHW, y_NCHW)
-    activated = _room(y_NCHW, activate)
+    activated = torch.empty_like(y_NCHW) if activate else None
     if y_NCHW.numel() == 0:
         return activated
     images, channels, height, width = y_NCHW.shape
@@ -83,7 +83,7 @@ def launch_gated_residual(
     with torch.cuda.device_of(y_NCHW):
         kernel.gated_residual_kernel[grid](
             residual_NCHW, second.contiguous(), y_NCHW, bias_C.contiguous(), gate_NC.contiguous(),
-            activated if activate else y_NCHW, pixels, channels,
+            y_NCHW if activated is None else activated, pixels, channels,
             HAS_RESIDUAL_BIAS=residual_bias_C is not None, ACTIVATE=activate,
             ROWS=rows, COLUMNS=columns, num_warps=WARPS,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def launch_gated_residual(
 
 
 def _assert_layout(*grids: Tensor) -> None:
-    """Stop before a kernel reads grids [N, C, H, W] in the wrong order: a compiler may choose layouts of its own."""
+    """Stop before a kernel reads grids [N, C, H, W] in the wrong order."""
     for x in grids:
         assert x.is_contiguous(memory_format=torch.channels_last), f"strides {x.stride()} of {tuple(x.shape)}"
 
@@ -100,8 +100,3 @@ def _tile(channels: int) -> tuple[int, int]:
     """Return a tile's pixels and channels."""
     columns = min(COLUMNS, 1 << (channels - 1).bit_length())
     return ELEMENTS // columns, columns
-
-
-def _room(y_NCHW: Tensor, activate: bool) -> Tensor:
-    """Return room for gelu(out), laid out as `y_NCHW` [N, C, H, W], or an empty [0]."""
-    return torch.empty_like(y_NCHW) if activate else y_NCHW.new_empty(0)

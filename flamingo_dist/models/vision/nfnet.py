@@ -69,8 +69,6 @@ class NFNet(VisionEncoder):
     def fuse(self) -> None:
         """Take one Triton kernel for what follows a convolution, where it can run."""
         self.implementation = "auto"
-        for block in cast(Iterable[_Block], self.blocks):
-            block.implementation = "auto"
 
     def encode(self, pixels_N3HW: Tensor) -> Tensor:
         """Return features [N, h * w, C] of uint8 pixels [N, 3, H, W]."""
@@ -80,7 +78,7 @@ class NFNet(VisionEncoder):
         stream = [x]
         del x  # the stream holds it alone, see `_Block.forward`
         for block in self.blocks:
-            stream = block(stream)
+            stream = block(stream, self.implementation)
         x = self.final.without_bias(stream.pop())
         x = bias_gelu_(x, self.final.bias, implementation=self.implementation)
         return flatten_grid(x.mul_(GAMMA))
@@ -90,7 +88,6 @@ class _Block(nn.Module):
     """A residual block: bottleneck with two grouped 3x3 convolutions, squeeze-and-excite, skip gain."""
 
     scale: Tensor
-    implementation: Implementation = "reference"
 
     def __init__(self, block: BlockShape, parts: "_Parts", *, last: bool) -> None:
         super().__init__()
@@ -112,12 +109,13 @@ class _Block(nn.Module):
         scale = 2.0 * ALPHA * parts.read(f"{block.haiku}/skip_gain")
         self.register_buffer("scale", scale.to(parts.dtype), persistent=False)
 
-    def forward(self, stream: list[Tensor]) -> list[Tensor]:
+    def forward(self, stream: list[Tensor], implementation: Implementation) -> list[Tensor]:
         """Run the block.
 
         Args:
             stream: x and gelu(x), both [N, in, h, w]; a block with a shortcut reads the latter alone. The list is
                 emptied, so that each of the two is freed once the convolutions that read it have run.
+            implementation: of what follows a convolution.
 
         Returns:
             The block's result [N, out, h / stride, w / stride] and GELU of it, which the last block leaves out.
@@ -131,7 +129,7 @@ class _Block(nn.Module):
             residual_bias = self.shortcut.bias
         y, bias = self.conv0.without_bias(y), self.conv0.bias
         for conv in cast(Iterable[FrozenConv], self.inner):
-            y, bias = conv.without_bias(bias_gelu_(y, bias, implementation=self.implementation)), conv.bias
+            y, bias = conv.without_bias(bias_gelu_(y, bias, implementation=implementation)), conv.bias
         squeezed = nn.functional.relu(self.squeeze(y.mean((2, 3)) + bias))
         gate_NC = torch.sigmoid(self.excite(squeezed)) * self.scale
         out, activated = gated_residual_(
@@ -141,7 +139,7 @@ class _Block(nn.Module):
             bias,
             gate_NC,
             activate=not self.last,
-            implementation=self.implementation,
+            implementation=implementation,
         )
         return [out] if activated is None else [out, activated]
 

@@ -79,7 +79,7 @@ def real_run(
     with small_buckets(), Ledger() as ledger:
         batches = {data.name: real_batch(data, work, topology.data) for data in DATASETS}
         for batch in batches.values():
-            for tensor in (t for t in vars(batch).values() if isinstance(t, torch.Tensor)):
+            for tensor in batch.tensors().values():
                 ledger.mark(tensor, "batches")
         figures, result = follow(ledger, topology, work, tiny.train_config(dtype=dtype), batches)
     return figures, dict(result.loss)

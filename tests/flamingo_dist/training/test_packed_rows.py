@@ -58,7 +58,7 @@ def without(whole: TrainBatch, bad: int | None) -> TrainBatch:
     """The batch with an emptied slot."""
     if bad is None:
         return whole
-    changed = {n: v.clone() for n, v in vars(whole).items() if v is not None}
+    changed = {n: v.clone() for n, v in whole.tensors().items()}
     for value in changed.values():
         value[bad] = 0
     return TrainBatch(**changed)
