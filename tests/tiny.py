@@ -1,6 +1,5 @@
 """A tiny network and batches for tests, equal on every layout."""
 
-
 import torch
 
 from flamingo_dist.models.flamingo import FlamingoConfig

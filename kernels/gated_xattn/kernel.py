@@ -60,6 +60,45 @@ def _add_product(
 
 
 @triton.jit
+def load_parts(
+    x: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    real: tl.tensor,
+    x_stride: tl.tensor,
+    y_stride: tl.tensor,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return x1, y1, x2, y2: both parts [rows, K1] and [rows, K2] of two matrices; for K2 = 0 the first ones twice."""
+    x1 = load_tile(x, rows, real, x_stride, 0, K, K1)
+    y1 = load_tile(y, rows, real, y_stride, 0, K, K1)
+    x2, y2 = x1, y1
+    if K2 > 0:
+        x2 = load_tile(x, rows, real, x_stride, K1, K, K2)
+        y2 = load_tile(y, rows, real, y_stride, K1, K, K2)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def rows_by_latents(
+    x1: tl.tensor,
+    x2: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    K2: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return fp32 [M, R]: x k^T of x [M, K1 + K2] and k [R, K1 + K2]."""
+    product = tl.zeros((x1.shape[0], k1.shape[0]), tl.float32)
+    product = dot(x1, tl.trans(k1), product, PRECISION)
+    if K2 > 0:
+        product = dot(x2, tl.trans(k2), product, PRECISION)
+    return product
+
+
+@triton.jit
 def gate_of(gate: tl.tensor, HAS_GATE: tl.constexpr) -> tl.tensor:
     """Return the gate in fp32, or 1 without one."""
     g = 1.0
@@ -145,10 +184,7 @@ def scores(
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return exp2(s - max s) and its row sums, for s = q k^T * qk_scale over the R real latents."""
-    s = tl.zeros((q1.shape[0], BLOCK_R), tl.float32)
-    s = dot(q1, tl.trans(k1), s, PRECISION)
-    if K2 > 0:
-        s = dot(q2, tl.trans(k2), s, PRECISION)
+    s = rows_by_latents(q1, q2, k1, k2, K2, PRECISION)
     s *= qk_scale
     if R < BLOCK_R:
         s = tl.where(tl.arange(0, BLOCK_R)[None, :] < R, s, float("-inf"))
@@ -204,12 +240,7 @@ def xattn_forward(
     seen = lat < tl.where(lo < hi, R, 0)  # nothing is read for an empty span
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
-    k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
-    v1 = load_tile(v, lat, seen, v_r, 0, K, K1)
-    k2, v2 = k1, v1
-    if K2 > 0:
-        k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
-        v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
+    k1, v1, k2, v2 = load_parts(k, v, lat, seen, k_r, v_r, K, K1, K2)
     g = gate_of(gate, HAS_GATE)
 
     row = tl.arange(0, BLOCK_M)
@@ -303,12 +334,7 @@ def xattn_backward(
     seen = lat < R  # for an empty span too: these loads need not wait for the span's
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
-    k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
-    v1 = load_tile(v, lat, seen, v_r, 0, K, K1)
-    k2, v2 = k1, v1
-    if K2 > 0:
-        k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
-        v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
+    k1, v1, k2, v2 = load_parts(k, v, lat, seen, k_r, v_r, K, K1, K2)
     g_scale = scale * gate_of(gate, HAS_GATE)
 
     row = tl.arange(0, BLOCK_M)
@@ -335,10 +361,7 @@ def xattn_backward(
         p = p / total[:, None]
         if DV_FIRST:
             dv1, dv2 = _add_product(p.to(k.dtype.element_ty), do1, do2, dv1, dv2, K2, PRECISION)
-        dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        dp = dot(do1, tl.trans(v1), dp, PRECISION)
-        if K2 > 0:
-            dp = dot(do2, tl.trans(v2), dp, PRECISION)
+        dp = rows_by_latents(do1, do2, v1, v2, K2, PRECISION)
         # Rows outside of the span have q = do = 0, so they add nothing to any sum below.
         delta = tl.sum(p * dp, 1)
         g_rows += delta

@@ -8,8 +8,17 @@ share a processor and not two. As a branch of the kernel with the loop these lin
 import triton
 import triton.language as tl
 
-from kernels.gated_xattn.kernel import LOG2E, SIZES, dot, gate_of, scores, zero_holes
-from kernels.tiles import load_tile, store_tile
+from kernels.gated_xattn.kernel import (
+    LOG2E,
+    SIZES,
+    dot,
+    gate_of,
+    load_parts,
+    rows_by_latents,
+    scores,
+    zero_holes,
+)
+from kernels.tiles import store_tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -72,12 +81,7 @@ def xattn_backward_short(
     seen = lat < R  # for a long span too: these loads need not wait for the span's
     k += tl.cast(image, tl.int64) * k_i + tl.cast(head, tl.int64) * k_h
     v += tl.cast(image, tl.int64) * v_i + tl.cast(head, tl.int64) * v_h
-    k1 = load_tile(k, lat, seen, k_r, 0, K, K1)
-    v1 = load_tile(v, lat, seen, v_r, 0, K, K1)
-    k2, v2 = k1, v1
-    if K2 > 0:
-        k2 = load_tile(k, lat, seen, k_r, K1, K, K2)
-        v2 = load_tile(v, lat, seen, v_r, K1, K, K2)
+    k1, v1, k2, v2 = load_parts(k, v, lat, seen, k_r, v_r, K, K1, K2)
     g = gate_of(gate, HAS_GATE)
     g_scale = g * scale
 
@@ -91,18 +95,10 @@ def xattn_backward_short(
     dv += tl.cast(image, tl.int64) * dv_i + tl.cast(head, tl.int64) * dv_h
     if (start < end) & (end - start <= BLOCK_M):
         inside = row < end - start
-        q1 = load_tile(q, row, inside, q_t, 0, K, K1)
-        do1 = load_tile(do, row, inside, do_t, 0, K, K1)
-        q2, do2 = q1, do1
-        if K2 > 0:
-            q2 = load_tile(q, row, inside, q_t, K1, K, K2)
-            do2 = load_tile(do, row, inside, do_t, K1, K, K2)
+        q1, do1, q2, do2 = load_parts(q, do, row, inside, q_t, do_t, K, K1, K2)
         p, total = scores(q1, q2, k1, k2, scale * LOG2E, R, BLOCK_R, K2, PRECISION)
         p = p / total[:, None]
-        dp = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        dp = dot(do1, tl.trans(v1), dp, PRECISION)
-        if K2 > 0:
-            dp = dot(do2, tl.trans(v2), dp, PRECISION)
+        dp = rows_by_latents(do1, do2, v1, v2, K2, PRECISION)
         # Rows outside of the span have q = do = 0, so they add nothing to any sum below.
         delta = tl.sum(p * dp, 1)
         ds = (p * (dp - delta[:, None])).to(k.dtype.element_ty)
