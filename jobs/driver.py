@@ -101,16 +101,31 @@ def ray_cluster(config: RunConfig, launch: LaunchConfig) -> Iterator[None]:
         return
     cpus = asked_for(config)["CPU"] + OVERHEAD_CPUS
     with tempfile.TemporaryDirectory(prefix="fl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            num_cpus=max(int(-(-cpus // 1)), os.cpu_count() or 1),
-            include_dashboard=False,
-            _temp_dir=folder,
-            **common,
-        )
+        with _stop_requests_held():
+            ray.init(
+                num_cpus=max(int(-(-cpus // 1)), os.cpu_count() or 1),
+                include_dashboard=False,
+                _temp_dir=folder,
+                **common,
+            )
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _stop_requests_held() -> Iterator[None]:
+    """Hold SIGTERM back for the time of the block, and for good in the processes that it starts.
+
+    `timeout` and systemd send it to all processes of a run. Ray's own would end at once, before the driver, which it is
+    for, has saved a checkpoint; the driver ends them itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_pipeline.index import open_index
 from data_pipeline.shards import ShardWriter
+from flamingo_dist.training.checkpoint_folder import find_checkpoint, read_manifest
 from jobs.shapes import ShapesConfig, picture, write_shapes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -196,6 +197,37 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_losses(straight, ca
     other = flamingo(*arguments, "--resume", "latest", "--train.optimizer.lr", "0.5", cache=cache)
     assert other.returncode == 1
     assert "run.train.optimizer.lr: checkpoint 0.003, this run 0.5" in other.stderr
+
+
+@pytest.mark.integration  # a whole run
+def test_a_stop_request_to_every_process_saves_first(cache, tmp_path):
+    """As `timeout` and systemd send it: to the driver, to Ray's own processes and to the workers."""
+    run, longer = tmp_path / "smoke", ["--train.steps", "4000", *SMALL[2:]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flamingo_dist.cli", "train", "smoke", "--runs-dir", str(tmp_path), *longer],
+        env={**os.environ, "FLAMINGO_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    family = []
+    try:
+        wait_for_step(run, 1, process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert {"gcs_server", "raylet"} <= {member.name() for member in family}
+        for member in family:
+            member.terminate()
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        _, left = psutil.wait_procs(family, timeout=30)
+        for member in left:
+            member.kill()
+    assert process.returncode == 0, said
+    assert not left
+    saved = read_manifest(find_checkpoint(run / "checkpoints", "latest"))
+    assert saved["step"] == max(steps_of(run)) + 1
 
 
 def test_generate_captions_an_image_from_a_few_shot_prompt(straight, cache, tmp_path):
