@@ -39,7 +39,7 @@ class ExportArguments:
     """Arguments of `flamingo export`."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A run folder (its newest checkpoint), a checkpoint, or a folder that `export` or `import` wrote."""
+    """A run folder (its newest checkpoint), a checkpoint, or a folder that `export` or `import` wrote, at any URL."""
     folder: Annotated[str, tyro.conf.Positional]
     """The folder to write; it must not exist."""
     to: Literal["flamingo", "idefics"] = "flamingo"
@@ -82,7 +82,7 @@ def export_network(arguments: ExportArguments) -> Path:
     """
     folder = Path(arguments.folder)
     with single_process() as topology, torch.no_grad():
-        network = open_network(Path(arguments.source), topology)
+        network = open_network(arguments.source, topology)
         with new_folder(folder) as partial:
             if arguments.to == "idefics":
                 _write_idefics(network, partial, arguments.shard_bytes)

@@ -11,7 +11,7 @@ from data_pipeline.media import MediaConfig, decode_image, decode_video
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
 from flamingo_dist.inference.prompt import prompt_of_texts
-from flamingo_dist.models.exchange.folder import is_network_folder, read_network_config, read_stated
+from flamingo_dist.models.exchange.folder import read_network_config, read_stated
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, single_process, world_device
 from flamingo_dist.training.build import build_model
@@ -20,6 +20,7 @@ from flamingo_dist.training.config import DTYPES
 from flamingo_dist.training.stored_state import load_trainable
 from jobs.encode import media_config
 from jobs.held_out import prompt_ids
+from jobs.network_source import local_folder
 from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
 from jobs.run_file import load_run_config
 
@@ -29,7 +30,7 @@ class GenerateArguments:
     """Arguments of `flamingo generate`."""
 
     run: str
-    """Run folder of a trained run, or a folder that `flamingo export` or `flamingo import` wrote."""
+    """Run folder of a trained run, or a folder that `flamingo export` or `flamingo import` wrote, at any fsspec URL."""
     image: tuple[str, ...]
     """Images, or clips of which the first frame counts, each asked about by itself."""
     prompt: str = ""
@@ -60,23 +61,24 @@ class _Source:
     """Whether the network was trained with an `<EOC>` on either side of an image."""
 
 
-def _source(folder: Path, wanted: str) -> _Source:
-    """Return what is generated from: a run's checkpoint, or a network folder."""
-    if is_network_folder(folder):
-        tokenizer = read_tokenizer(folder)
+def _source(run: str, wanted: str) -> _Source:
+    """Return what is generated from: a run's checkpoint, or a network folder at any fsspec URL."""
+    stated = read_stated(run)
+    if stated is not None:
+        tokenizer = read_tokenizer(run, stated)
         if tokenizer is None:
             raise ValueError(
-                f"{folder} holds no tokenizer; export it from a run, or import a folder that has one."
+                f"{run} holds no tokenizer; export it from a run, or import a folder that has one."
             )
-        stated = read_stated(folder)
         return _Source(
-            model=read_network_config(folder),
+            model=read_network_config(run),
             tokenizer=tokenizer,
             dtype=DTYPES[stated.get("dtype", "bf16")],
             seed=0,
             checkpoint=None,
             wrapped=stated.get("images_wrapped", False),
         )
+    folder = local_folder(run)
     config = load_run_config(folder)
     path = find_checkpoint(folder / "checkpoints", wanted)
     if path is None:
@@ -98,7 +100,7 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
         CheckpointError: no such checkpoint.
     """
     shots = [_split_shot(text) for text in arguments.shot]
-    source = _source(Path(arguments.run), arguments.checkpoint)
+    source = _source(arguments.run, arguments.checkpoint)
     media = media_config(source.model.vision)
     shot_frames = [_frames(file, media) for file, _ in shots]
     images = [_frames(file, media) for file in arguments.image]

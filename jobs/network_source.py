@@ -11,11 +11,11 @@ from torch import Tensor
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange.folder import (
     NetworkFolder,
-    is_network_folder,
     read_network_config,
     read_stated,
 )
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.weights.ranges import RangeFile, join_url
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.training.build import parameter_values
 from flamingo_dist.training.checkpoint_folder import MANIFEST, check_files, find_checkpoint, read_manifest
@@ -46,15 +46,17 @@ class Network:
     """The language model's tokenizer, if it is known."""
 
 
-def open_network(path: Path, topology: Topology) -> Network:
-    """Open a run folder, a checkpoint, or a network folder, in a world of one process.
+def open_network(source: str, topology: Topology) -> Network:
+    """Open a run folder, a checkpoint, or a network folder at any fsspec URL, in a world of one process.
 
     Raises:
         ValueError: there is no network.
         CheckpointError: a checkpoint is not there, or does not fit its run's network.
     """
-    if is_network_folder(path):
-        return _open_network_folder(path, topology)
+    stated = read_stated(source)
+    if stated is not None:
+        return _open_network_folder(source, stated, topology)
+    path = local_folder(source)
     is_checkpoint = (path / MANIFEST).is_file()
     run_dir = path.resolve().parents[1] if is_checkpoint else path
     run = load_run_config(run_dir)
@@ -83,25 +85,37 @@ def open_network(path: Path, topology: Topology) -> Network:
     )
 
 
-def _open_network_folder(path: Path, topology: Topology) -> Network:
-    config = read_network_config(path)
+def local_folder(source: str) -> Path:
+    """Return the folder of a run or checkpoint, which are local, unlike network folders.
+
+    Raises:
+        ValueError: `source` is a URL.
+    """
+    if "://" in source:
+        raise ValueError(
+            f"{source} is no folder that `flamingo export` or `flamingo import` wrote; runs and checkpoints are read "
+            "from local folders."
+        )
+    return Path(source)
+
+
+def _open_network_folder(url: str, stated: Mapping[str, Any], topology: Topology) -> Network:
+    config = read_network_config(url)
     model = empty_network(config)
     shapes, trainable = whole_shapes(model)
-    folder = NetworkFolder(path, tp_rank=0, tp_size=1)
+    folder = NetworkFolder(url, tp_rank=0, tp_size=1)
     folder.check(model, config)
     first = _first_values(config, model, topology, seed=0)
     params = dict(model.named_parameters())
-    value_of = folder.values(lambda name, _: first(name))
-    stated = read_stated(path)
-    card = path / "README.md"
+    card = RangeFile(join_url(url, "README.md"))
     return Network(
         config=config,
         shapes=shapes,
         trainable=trainable,
-        read=lambda name: value_of(name, params[name]),
-        card=card.read_text() if card.is_file() else "",
+        read=lambda name: folder.values(name, params[name]) if folder.holds(name) else first(name),
+        card=card.read_all().decode() if card.exists() else "",
         more={key: stated[key] for key in ("dtype", "step", "images_wrapped") if key in stated},
-        tokenizer=read_tokenizer(path),
+        tokenizer=read_tokenizer(url, stated),
     )
 
 

@@ -1,6 +1,7 @@
 """The tokenizer of a network folder, so that the folder alone is enough to generate."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.prompt import Encode
-from flamingo_dist.models.exchange.folder import read_stated
 from flamingo_dist.models.vision.files import read_json
 from flamingo_dist.models.weights.ranges import RangeFile, absolute, join_url
 
@@ -35,13 +35,20 @@ def write_tokenizer(folder: Path, config: TokenizerConfig | None) -> dict[str, A
     return {"tokenizer": stated}
 
 
-def read_tokenizer(folder: Path) -> TokenizerConfig | None:
-    """Return the tokenizer of the network folder `folder`, or None where it holds none."""
-    stated = read_stated(folder).get("tokenizer")
-    if stated is None:
+def read_tokenizer(folder: str, stated: Mapping[str, Any]) -> TokenizerConfig | None:
+    """Return the tokenizer of a network folder, or None where it holds none.
+
+    Args:
+        folder: at any fsspec URL.
+        stated: what its `config.json` states.
+    """
+    tokenizer = stated.get("tokenizer")
+    if tokenizer is None:
         return None
-    path = str(folder / stated["path"]) if stated["path"] else ""
-    return TokenizerConfig(**{**stated, "path": path})
+    path = tokenizer["path"]
+    if path and not (os.path.isabs(path) or "://" in path):
+        path = join_url(folder, path)
+    return TokenizerConfig(**{**tokenizer, "path": path})
 
 
 def added_tokens(folder: str) -> dict[str, int]:

@@ -5,6 +5,8 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# By default Ray runs its workers at nice 15: beside tests that fill the cores they would wait for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 if os.environ.get("KMODE") == "interpret":  # tests/kernels/conftest.py; before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
 

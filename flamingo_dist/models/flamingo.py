@@ -53,8 +53,8 @@ class FlamingoConfig:
     vision_batch: int = 64
     """Frames encoded at once."""
     weights: str | None = None
-    """A folder that `flamingo export` or `flamingo import` wrote, whose parameters the network starts from; None
-    starts from random trainable parameters and `lm.weights`."""
+    """A folder at any fsspec URL that `flamingo export` or `flamingo import` wrote, whose parameters the network starts
+    from; None starts from random trainable parameters and `lm.weights`."""
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

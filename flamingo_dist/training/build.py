@@ -1,7 +1,5 @@
 """From a configuration to a filled network inside a DeepSpeed engine."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +21,10 @@ from flamingo_dist.parallel.zero import (
 )
 from flamingo_dist.training.config import TrainConfig
 from flamingo_dist.training.optimizer import make_optimizer
-from flamingo_dist.training.published import HandedOn, PublishedWeights
+from flamingo_dist.training.published import HandedOn, PublishedWeights, Values, exchange_columns, read_once
 
 
-def parameter_values(
-    config: FlamingoConfig, topology: Topology, seed: int
-) -> Callable[[str, nn.Parameter], Tensor]:
+def parameter_values(config: FlamingoConfig, topology: Topology, seed: int) -> Values:
     """Return the function that gives every parameter's first values on this tensor-parallel rank.
 
     The frozen LM's come from its published weights, the rest from the seed and the parameter's name.
@@ -50,6 +46,26 @@ def parameter_values(
         return draw(name, param_tag, param.shape, seed=seed, **place)
 
     return value_of
+
+
+def network_values(
+    config: FlamingoConfig, model: Flamingo, topology: Topology, *, otherwise: Values
+) -> Values:
+    """Return the function that gives the values in the folder `config.weights`, and what it lacks by `otherwise`.
+
+    Raises:
+        ValueError: the folder is not there or does not fit the network.
+    """
+    assert config.weights is not None, "asked for where there is a folder"
+    folder = NetworkFolder(
+        config.weights,
+        tp_rank=topology.tensor_rank,
+        tp_size=topology.tensor,
+        exchange=exchange_columns if topology.tensor > 1 else None,
+    )
+    folder.check(model, config)
+    read = read_once(folder.values, topology)
+    return lambda name, param: (read if folder.holds(name) else otherwise)(name, param)
 
 
 def build_model(
@@ -89,9 +105,7 @@ def build_model(
         )
     values = parameter_values(config, topology, seed)
     if config.weights is not None:
-        folder = NetworkFolder(Path(config.weights), tp_rank=topology.tensor_rank, tp_size=topology.tensor)
-        folder.check(model, config)
-        values = folder.values(values)
+        values = network_values(config, model, topology, otherwise=values)
     storage = config.lm.weight_storage
 
     def settle(module: nn.Module) -> None:

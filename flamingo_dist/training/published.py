@@ -12,13 +12,41 @@ from flamingo_dist.models.weights import extra_start, lm_shard, open_lm_weights
 from flamingo_dist.models.weights.source import ALL, WeightSource
 from flamingo_dist.parallel.topology import Topology, world_device
 
+Values = Callable[[str, nn.Parameter], Tensor]
+"""Gives a parameter's values on this rank, by its name and itself."""
+
+
+def read_once(values: Values, topology: Topology) -> Values:
+    """Have each byte read once: of data-parallel peers, which need the same, the first reads and hands on.
+
+    Where ZeRO-3 has partitioned a parameter, it does that itself and asks the first alone.
+
+    Args:
+        values: reads them.
+        topology: this rank's place.
+
+    Returns:
+        A collective: every tensor-parallel peer asks for the same parameter, and every data-parallel peer too if the
+        parameter is not partitioned by ZeRO-3. It raises OSError where the first of the data-parallel peers could not
+        read, and on that rank its own error.
+    """
+
+    def value_of(name: str, param: nn.Parameter) -> Tensor:
+        if hasattr(param, "ds_id") or topology.data == 1:
+            return values(name, param)
+        return _handed_on(
+            (lambda: values(name, param)) if topology.data_rank == 0 else None,
+            name,
+            param.shape,
+            param.dtype,
+            group=parallel_state.get_data_parallel_group(),  # its ranks are ordered as `data_rank`
+        )
+
+    return value_of
+
 
 class PublishedWeights:
-    """The LM's weights for this rank.
-
-    Tensor-parallel peers read different slices. Of data-parallel peers, which need the same, the first reads and
-    hands on; where ZeRO-3 has partitioned a parameter, it does that itself and asks the first alone.
-    """
+    """The LM's weights for this rank: tensor-parallel peers read different slices, data-parallel peers `read_once`."""
 
     def __init__(self, config: LMConfig, topology: Topology) -> None:
         """Open the weights and check names and shapes, on every rank alike.
@@ -31,23 +59,8 @@ class PublishedWeights:
         self._extra: dict[bool, tuple[Tensor, float]] = {}
 
     def values(self, name: str, param: nn.Parameter) -> Tensor:
-        """Return this rank's values of the LM's parameter `name`, of the parameter's shape.
-
-        A collective: every tensor-parallel peer asks for the same parameter, and every data-parallel peer too if
-        the parameter is not partitioned by ZeRO-3.
-
-        Raises:
-            OSError: the first of the data-parallel peers could not read it; on that rank its own error.
-        """
-        if hasattr(param, "ds_id") or self.topology.data == 1:
-            return self._read(name, param.shape)
-        return _handed_on(
-            (lambda: self._read(name, param.shape)) if self.topology.data_rank == 0 else None,
-            name,
-            param.shape,
-            param.dtype,
-            group=parallel_state.get_data_parallel_group(),  # its ranks are ordered as `data_rank`
-        )
+        """Return this rank's values of the LM's parameter `name`, of the parameter's shape; see `read_once`."""
+        return read_once(self._read, self.topology)(name, param)
 
     def extra_start(self, *, head: bool) -> tuple[Tensor, float]:
         """Return start values fp32 [X, D] of the trainable rows, and how much published rows differ."""
@@ -58,13 +71,13 @@ class PublishedWeights:
             self._extra[own_head] = extra_start(self.source, self.config, head=own_head)
         return self._extra[own_head]
 
-    def _read(self, name: str, shape: torch.Size) -> Tensor:
+    def _read(self, name: str, param: nn.Parameter) -> Tensor:
         tensor = self.topology.tensor
         exchange = exchange_columns if tensor > 1 else None
         return lm_shard(
             self.source,
             name,
-            shape,
+            param.shape,
             self.config,
             tp_rank=self.topology.tensor_rank,
             tp_size=tensor,

@@ -1,6 +1,6 @@
 """Weights that a run starts from: whole files, of the run's own network, in a dtype that training reads."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import FlamingoConfig
@@ -41,9 +41,9 @@ def check_all_weights(model: FlamingoConfig) -> list[Finding]:
 
 def check_network(model: FlamingoConfig) -> Finding:
     """Check that the folder `model.weights` holds the parameters of this network, as training does."""
-    check, folder = "network weights", Path(model.weights or "")
+    check, folder = "network weights", model.weights or ""
     try:
-        says = _found_whole(str(folder))
+        says = _found_whole(folder)
         network = NetworkFolder(folder, tp_rank=0, tp_size=1)
         network.check(empty_network(model), model)
         for name in network.tensors.shapes():

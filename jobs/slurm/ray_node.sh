@@ -13,7 +13,8 @@ address=$FLAMINGO_HEAD_IP:$FLAMINGO_RAY_PORT
 # Of this job and node alone, and short: Ray puts unix sockets below it, whose paths may have 107 characters.
 temp=$FLAMINGO_RAY_TMP/ray-$SLURM_JOB_ID-$SLURM_NODEID
 
-export PATH=$FLAMINGO_VENV/bin:$PATH RAY_USAGE_STATS_ENABLED=0
+# Ray would run its workers at nice 15, so that any other process on the node stalled training.
+export PATH=$FLAMINGO_VENV/bin:$PATH RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 # By default Ray answers TERM by draining the node for up to 30 s, through a head that got the same TERM and is gone.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 

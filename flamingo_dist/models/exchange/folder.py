@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flamingo_dist.from_json import from_json, json_object
+from flamingo_dist.from_json import from_json
 from flamingo_dist.models.exchange.rules import check_tensors
 from flamingo_dist.models.exchange.tensors import SHARD_BYTES, read_slice, write_tensors
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.stated_config import Difference, config_differences, lm_differences, refuse
 from flamingo_dist.models.vision import VisionConfig
-from flamingo_dist.models.vision.files import copy_weights
-from flamingo_dist.models.weights.ranges import absolute
+from flamingo_dist.models.vision.files import copy_weights, read_json
+from flamingo_dist.models.weights.ranges import absolute, join_url
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
@@ -105,39 +105,34 @@ def _copy_vision(config: VisionConfig, folder: Path) -> dict[str, Any]:
     return stated
 
 
-def is_network_folder(folder: Path) -> bool:
-    """Return whether `folder` is one that `write_network` wrote.
+def read_stated(folder: str) -> dict[str, Any] | None:
+    """Return what the `config.json` of a folder at any fsspec URL states; None unless `write_network` wrote it.
 
     Raises:
-        ValueError: its `config.json` cannot be read.
-    """
-    return (folder / "config.json").is_file() and read_stated(folder).get("format") == FORMAT
-
-
-def read_stated(folder: Path) -> dict[str, Any]:
-    """Return what the `config.json` of a folder states.
-
-    Raises:
-        FileNotFoundError: there is none.
         ValueError: it is no JSON object.
+        OSError: the storage does not give it.
     """
-    file = folder / "config.json"
-    return json_object(file.read_bytes(), str(file))
+    stated = read_json(folder, "config.json")
+    return stated if stated is not None and stated.get("format") == FORMAT else None
 
 
-def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> FlamingoConfig:
+def read_network_config(folder: str, *, vision: VisionConfig | None = None) -> FlamingoConfig:
     """Return the network that `folder` holds; building it reads the weights from there.
 
     Args:
-        folder: written by `write_network`.
+        folder: written by `write_network`, at any fsspec URL.
         vision: an encoder to use instead of the folder's, such as one whose features are at hand.
 
     Raises:
         ValueError: it is no such folder, or of another version of this code.
     """
-    if not is_network_folder(folder):
+    return _as_network(read_json(folder, "config.json") or {}, folder, vision)
+
+
+def _as_network(stated: Mapping[str, Any], folder: str, vision: VisionConfig | None) -> FlamingoConfig:
+    """Return the network that a folder's `config.json` states, see `read_network_config`."""
+    if stated.get("format") != FORMAT:
         raise ValueError(f"{folder} is no folder that `flamingo export` or `flamingo import` wrote.")
-    stated = read_stated(folder)
     if stated.get("version") != VERSION:
         raise ValueError(
             f"{folder} is of version {stated.get('version')}, this code reads version {VERSION}."
@@ -150,8 +145,8 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
     else:
         for field in _FILES_OF_VISION:
             if model["vision"].get(field) and "://" not in model["vision"][field]:
-                model["vision"][field] = str(folder / model["vision"][field])
-    model["weights"] = str(folder)
+                model["vision"][field] = join_url(folder, model["vision"][field])
+    model["weights"] = folder
     try:
         config: FlamingoConfig = from_json(FlamingoConfig, model)
     except (KeyError, TypeError, AttributeError) as error:
@@ -162,10 +157,12 @@ def read_network_config(folder: Path, *, vision: VisionConfig | None = None) -> 
 class NetworkFolder:
     """Reads the parameters of a network folder for one tensor-parallel rank."""
 
-    def __init__(self, folder: Path, *, tp_rank: int, tp_size: int) -> None:
-        """Open the folder."""
-        self.folder = folder
-        self.tensors = SafetensorsSource(str(folder))
+    def __init__(
+        self, folder: str, *, tp_rank: int, tp_size: int, exchange: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Open the folder, at any fsspec URL; for `exchange` see `read_slice`."""
+        self.folder, self.exchange = folder, exchange
+        self.tensors = SafetensorsSource(folder)
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def check(self, model: nn.Module, config: FlamingoConfig) -> None:
@@ -191,32 +188,38 @@ class NetworkFolder:
 
     def _check_settings(self, config: FlamingoConfig) -> None:
         """Raise `ValueError` where the folder states another network of the same names and shapes."""
-        file = self.folder / "config.json"
-        if not file.is_file():
+        file = read_json(self.folder, "config.json")
+        if file is None:
             return
         # With the run's encoder: the folder's own may not be at hand, and a run may take another.
-        stated = read_network_config(self.folder, vision=config.vision)
+        stated = _as_network(file, self.folder, config.vision)
         apart = [*config_differences(config, stated, skipped=_OF_A_RUN)]
         apart += [d._replace(name=f"lm.{d.name}") for d in lm_differences(config.lm, stated.lm)]
         if config.lm.tied != stated.lm.tied:
             apart.append(Difference("lm.tied", config.lm.tied, stated.lm.tied))
         # Parameters have our names in a folder, whatever the published weights call them.
-        refuse([d for d in apart if d.name != "lm.naming"], str(file), "model.")
+        refuse([d for d in apart if d.name != "lm.naming"], join_url(self.folder, "config.json"), "model.")
 
-    def values(
-        self, otherwise: Callable[[str, nn.Parameter], Tensor]
-    ) -> Callable[[str, nn.Parameter], Tensor]:
-        """Return the function that gives a parameter's values on this rank; `otherwise` gives what the folder lacks."""
-        there = self.tensors.shapes().keys()
+    def holds(self, name: str) -> bool:
+        """Return whether the folder has the parameter `name`; one written without the frozen LM lacks the LM's."""
+        return name in self.tensors.shapes()
 
-        def value_of(name: str, param: nn.Parameter) -> Tensor:
-            if name not in there:
-                return otherwise(name, param)
-            value = read_slice(self.tensors, name, tag_of(param), tp_rank=self.tp_rank, tp_size=self.tp_size)
-            short = param.shape[0] - value.shape[0] if _is_vocabulary(name) else 0
-            return nn.functional.pad(value, (0, 0, 0, short)) if short else value
+    def values(self, name: str, param: nn.Parameter) -> Tensor:
+        """Return this rank's values of the parameter `name`, of the parameter's shape.
 
-        return value_of
+        Raises:
+            OSError: the storage does not give them.
+        """
+        value = read_slice(
+            self.tensors,
+            name,
+            tag_of(param),
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+            exchange=self.exchange,
+        )
+        short = param.shape[0] - value.shape[0] if _is_vocabulary(name) else 0
+        return nn.functional.pad(value, (0, 0, 0, short)) if short else value
 
 
 def _holds_frozen(names: Iterable[str]) -> bool:

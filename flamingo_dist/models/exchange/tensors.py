@@ -1,7 +1,7 @@
 """Folders of safetensors, written one shard at a time; one rank's slices of their tensors."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,15 @@ SHARD_BYTES = 5_000_000_000
 """Size that a file of a written folder does not exceed, unless one tensor does."""
 
 
-def read_slice(source: SafetensorsSource, name: str, tag: ParamTag, *, tp_rank: int, tp_size: int) -> Tensor:
+def read_slice(
+    source: SafetensorsSource,
+    name: str,
+    tag: ParamTag,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    exchange: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return one tensor-parallel rank's slice of a tensor of any shape, without reading the rest.
 
     Args:
@@ -25,11 +33,16 @@ def read_slice(source: SafetensorsSource, name: str, tag: ParamTag, *, tp_rank: 
         tag: how tensor parallelism cuts it.
         tp_rank: this rank in the tensor-parallel group.
         tp_size: size of the tensor-parallel group.
+        exchange: turns this rank's even share of a matrix's rows into its share of the columns, as in `lm_shard`; each
+            byte of a matrix that is cut by columns is then read once a group. None reads the columns themselves.
     """
     dim = tag.partition_dim
     if dim is None or tp_size == 1:
         return source.read(name)
-    total = source.shapes()[name][dim] // tag.stride
+    rows, *_ = shape = source.shapes()[name]
+    total = shape[dim] // tag.stride
+    if exchange is not None and dim == 1 and tag.stride == 1 and rows % tp_size == total % tp_size == 0:
+        return exchange(source.read(name, slice(tp_rank * rows // tp_size, (tp_rank + 1) * rows // tp_size)))
     share = -(-total // tp_size)  # rows of a vocabulary may not divide: the last rank has fewer
     parts = []
     for matrix in range(tag.stride):

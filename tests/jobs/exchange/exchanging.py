@@ -11,11 +11,11 @@ from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_pro
 from flamingo_dist.training.build import build_model
 
 
-def build(folder: Path, topology: Topology, *, width: int | None = None) -> Flamingo:
+def build(folder: Path | str, topology: Topology, *, width: int | None = None) -> Flamingo:
     """Build the network of a folder; with `width`, for features of that width from elsewhere."""
     vision = None if width is None else VisionConfig(name="tiny", image_size=32, tiny_width=width)
     parallel = ParallelConfig(zero_stage=0, tensor=topology.tensor)
-    config = read_network_config(folder, vision=vision)
+    config = read_network_config(str(folder), vision=vision)
     return build_model(config, parallel, topology, dtype=torch.float32, seed=5)
 
 
@@ -33,7 +33,7 @@ def logits(folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
 
 def logits_of_ranks(topology: Topology, folder: str, *inputs: torch.Tensor) -> torch.Tensor:
     """The same on the ranks of a tensor-parallel group."""
-    return logits_of(build(Path(folder), topology, width=inputs[-1].shape[-1]), *inputs)
+    return logits_of(build(folder, topology, width=inputs[-1].shape[-1]), *inputs)
 
 
 def rewrite(folder: Path, change) -> None:

@@ -1,6 +1,7 @@
 """A trained run becomes one folder that any tensor-parallel layout reads back to the same logits."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange.folder import read_network_config
+from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
 from flamingo_dist.training.build import build_model
@@ -18,8 +20,10 @@ from flamingo_dist.training.checkpoint import CheckpointWriter
 from jobs.config import RunConfig
 from jobs.exchange import ExportArguments, export_network
 from jobs.generate import GenerateArguments, generate_captions
+from jobs.network_source import empty_network
 from jobs.recipes.smoke import VOCAB, smoke
 from tests import tiny
+from tests.data_pipeline.servers import flaky_server
 from tests.jobs.exchange.exchanging import build, rewrite
 
 pytestmark = pytest.mark.distributed
@@ -60,12 +64,12 @@ def train(topology: Topology, folder: str) -> torch.Tensor:
 
 
 def logits_of_ranks(topology: Topology, folder: str) -> torch.Tensor:
-    return logits_of(build(Path(folder), topology))
+    return logits_of(build(folder, topology))
 
 
 def partitioned_logits(topology: Topology, folder: str) -> torch.Tensor:
     """The folder as the start of a training run, built under `zero.Init`."""
-    config = read_network_config(Path(folder))
+    config = read_network_config(folder)
     parallel = ParallelConfig(tensor=topology.tensor, zero_stage=3, frozen="partitioned")
     return logits_of(tiny.make_step(topology, parallel, config=config).engine.module)
 
@@ -98,7 +102,7 @@ def test_the_folder_has_the_logits_of_the_run_in_any_layout(ranks, run, exported
     for found in ranks.run(partitioned_logits, str(exported), world=2):
         torch.testing.assert_close(found, run[1], atol=1e-5, rtol=1e-5)
     with single_process() as topology:
-        fresh = replace(read_network_config(exported), weights=None)
+        fresh = replace(read_network_config(str(exported)), weights=None)
         other = build_model(fresh, ParallelConfig(zero_stage=0), topology, dtype=torch.float32, seed=7)
         assert (logits_of(other) - run[1]).abs().max() > 1e-2, "training changed nothing"
 
@@ -131,6 +135,54 @@ def test_a_checkpoint_and_an_exported_folder_can_be_exported_too(run, exported, 
         first, second = SafetensorsSource(str(exported)), SafetensorsSource(str(again))
         assert first.shapes() == second.shapes()
         assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes())
+
+
+def test_a_folder_on_a_server_is_read_once_a_job(ranks, run, exported):
+    """All ranks look at settings and headers; of the parameters each byte is read once, what is not cut TP times."""
+    sent = {}
+    with flaky_server(exported, share=0.0) as server:
+        for world in (2, 4):
+            before = server.bytes_sent
+            for found in ranks.run(logits_of_ranks, server.url, world=world, tensor=2):
+                torch.testing.assert_close(found, run[1], atol=1e-5, rtol=1e-5)
+            sent[world] = server.bytes_sent - before
+    sizes = {n: 4 * math.prod(shape) for n, shape in SafetensorsSource(str(exported)).shapes().items()}
+    parameters = sum(sizes.values())
+    with single_process():
+        model = empty_network(run_config().model)
+    tags = {name: tag_of(param) for name, param in model.named_parameters()}
+    whole = sum(size for name, size in sizes.items() if tags[name].partition_dim is None)
+    looked_at = sum(file.stat().st_size for file in exported.glob("*.safetensors")) - parameters
+    # A byte more of each small file, to see whether it is there; the settings for the network, and to compare with.
+    looked_at += (exported / "model.safetensors.index.json").stat().st_size + 1
+    looked_at += 2 * ((exported / "config.json").stat().st_size + 1)
+    assert sent[2] == parameters + whole + 2 * looked_at
+    assert sent[4] == sent[2] + 2 * looked_at
+
+
+def test_a_folder_on_a_bad_server_is_exported_and_gives_captions(exported, tmp_path):
+    file = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), (200, 10, 10)).save(file)
+    arguments = GenerateArguments(run=str(exported), image=(str(file),), max_new_tokens=4)
+    with flaky_server(exported, share=0.2, faults=("503", "reset", "cut")) as server:
+        assert generate_captions(replace(arguments, run=server.url)) == generate_captions(arguments)
+        again = export_network(ExportArguments(source=server.url, folder=str(tmp_path / "again")))
+        assert server.met["503"] + server.met["reset"] + server.met["cut"] > 0
+    for name in ("README.md", "model.safetensors"):
+        assert (again / name).is_file()
+    assert (again / "README.md").read_text() == (exported / "README.md").read_text()
+    first, second = SafetensorsSource(str(exported)), SafetensorsSource(str(again))
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.shapes())
+
+
+def test_a_url_without_a_network_is_an_error_that_names_it(exported):
+    with flaky_server(exported.parent, share=0.0) as server:
+        for call in (
+            lambda url: export_network(ExportArguments(source=url, folder=str(exported.parent / "none"))),
+            lambda url: generate_captions(GenerateArguments(run=url, image=("a.png",))),
+        ):
+            with pytest.raises(ValueError, match=f"{server.url}/absent is no folder that `flamingo export`"):
+                call(f"{server.url}/absent")
 
 
 def test_captions_come_from_the_folder_alone(run, exported, tmp_path):
@@ -182,7 +234,7 @@ def test_a_wrong_tensor_is_named(run, tmp_path, change, says):
     ],
 )
 def test_another_setting_than_the_folders_is_refused_by_name(exported, part, option, value, says):
-    config = read_network_config(exported)
+    config = read_network_config(str(exported))
     config = replace(config, **{part: replace(getattr(config, part), **{option: value})})
     parallel = ParallelConfig(zero_stage=0)
     with (
@@ -193,7 +245,7 @@ def test_another_setting_than_the_folders_is_refused_by_name(exported, part, opt
 
 
 def test_settings_of_a_run_may_be_others_than_the_folders(exported):
-    config = read_network_config(exported)
+    config = read_network_config(str(exported))
     changed = replace(
         config,
         lm=replace(config.lm, weight_storage="int8", extra_like=(1, 2), alibi_max=4.0),
@@ -218,7 +270,7 @@ def test_settings_of_a_run_may_be_others_than_the_folders(exported):
 def test_a_malformed_config_is_named(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{tmp_path}/{says}"):
-        read_network_config(tmp_path)
+        read_network_config(str(tmp_path))
 
 
 def test_what_cannot_be_exported_is_an_error(run, exported, tmp_path):

@@ -24,7 +24,7 @@ from transformers import (
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.prompt import prompt_of_texts
 from flamingo_dist.models.exchange import idefics
-from flamingo_dist.models.exchange.folder import read_network_config
+from flamingo_dist.models.exchange.folder import read_network_config, read_stated
 from flamingo_dist.models.exchange.tensors import write_tensors
 from flamingo_dist.models.exchange.vision_tower import Tower, tower_of
 from flamingo_dist.models.vision import VisionConfig
@@ -147,7 +147,7 @@ def test_an_imported_network_has_their_logits(theirs, imported, inputs):
     expected = their_logits(theirs, *inputs)
     found = logits(imported, tokens, index, their_features(theirs, pixels))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    config = read_network_config(imported, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    config = read_network_config(str(imported), vision=VisionConfig(name="tiny", tiny_width=FEATURES))
     assert (config.cross_every, config.cross_phase, config.gated.gate) == (2, "first", "vector")
     assert config.gated.qk_norm
     assert config.resampler.qk_norm
@@ -206,7 +206,7 @@ def test_an_instruct_model_has_a_further_token(instruct, dialogue, tmp_path):
     found = logits(ours, tokens, index, their_features(model, pixels))
     assert found.shape[-1] == VOCAB + 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    config = read_network_config(ours, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    config = read_network_config(str(ours), vision=VisionConfig(name="tiny", tiny_width=FEATURES))
     assert config.lm.further_tokens == 1
     back = export_network(ExportArguments(source=str(ours), folder=str(tmp_path / "back"), to="idefics"))
     assert json.loads((back / "config.json").read_text())["additional_vocab_size"] == 3
@@ -299,8 +299,8 @@ def test_a_dialogue_is_continued_as_transformers_does(instruct, published, tmp_p
     (found,) = generate_captions(given)
     assert found == (str(files[1]), processor.tokenizer.decode(kept))
 
-    stated = read_tokenizer(ours)
-    config = read_network_config(ours)
+    stated = read_tokenizer(str(ours), read_stated(str(ours)) or {})
+    config = read_network_config(str(ours))
     ids = prompt_ids(stated.load(), config.lm, wrapped=True)
     encode = encoding(stated.load().encode, further_tokens(stated, [VOCAB + 2]))
     prompt = prompt_of_texts([first, second], ids=ids, encode=encode)
@@ -419,7 +419,7 @@ def test_a_network_of_ours_exported_has_our_logits(theirs, imported, inputs, tmp
     ],
 )
 def test_what_idefics_has_not_is_named(imported, part, option, value, says):
-    config = read_network_config(imported, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    config = read_network_config(str(imported), vision=VisionConfig(name="tiny", tiny_width=FEATURES))
     changed = value if part is None else replace(getattr(config, part), **{option: value})
     config = replace(config, **{part or option: changed})
     with pytest.raises(ValueError, match=re.escape(says)):

@@ -164,7 +164,7 @@ def test_an_imported_network_has_their_logits(lm_folder, inputs, tmp_path, train
     folder = run_import(tmp_path, held, lm_folder)
     tokens, features = inputs
     assert_same_logits(logits(folder, *ours_of(tokens), features), their_logits(tokens, features))
-    config = read_network_config(folder, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    config = read_network_config(str(folder), vision=VisionConfig(name="tiny", tiny_width=FEATURES))
     assert (config.cross_every, config.cross_phase, config.gated_positions()) == (2, "last", [1, 3])
     assert (config.resampler.heads, config.resampler.depth, config.resampler.latents) == (8, 6, 64)
     assert config.lm.weights == str(lm_folder)
@@ -273,7 +273,7 @@ def test_local_paths_are_written_whole_and_urls_as_they_are(lm_folder, tmp_path,
     stated = json.loads((folder / "config.json").read_text())["model"]
     assert stated["lm"]["weights"] == str(lm_folder)
     assert stated["vision"]["weights"] == str(lm_folder.parent / "towers" / "clip")
-    config = read_network_config(folder, vision=VisionConfig(name="tiny", tiny_width=FEATURES))
+    config = read_network_config(str(folder), vision=VisionConfig(name="tiny", tiny_width=FEATURES))
     for given, written in {lm_folder.name: str(lm_folder), "s3://models/lm": "s3://models/lm"}.items():
         place = tmp_path / given.replace("/", "-")
         place.mkdir()
