@@ -16,6 +16,7 @@ that stopped.
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -362,6 +363,12 @@ class RayPipeline:
         self._dp_size, self._tp_size = dp_size, tp_size
         loaded = tokenizer.load() if isinstance(tokenizer, TokenizerConfig) else tokenizer
         streams = {c.name: DatasetStream(c, loaded, seed) for c in datasets}
+        for name, stream in streams.items():
+            if stream.index.skips:
+                warnings.warn(
+                    f"data set {name!r} is damaged and lacks what could not be indexed: {stream.index.damage()}",
+                    stacklevel=2,
+                )
         self._described = {name: stream.describe() for name, stream in streams.items()}
         # Kept for as long as the pipeline lives: actors that are restarted ask for it again.
         self._sources = Sources(

@@ -124,6 +124,12 @@ class ShardIndex:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
 
+    def damage(self) -> str:
+        """Say what was found damaged while indexing, the first few of it; "" where all is whole."""
+        named = "; ".join(f"{s.shard}: {s.cause} ({s.detail})" for s in self.skips[:_NAMED_IN_ERRORS])
+        more = len(self.skips) - _NAMED_IN_ERRORS
+        return f"{named}; and {more} more" if more > 0 else named
+
     @property
     def counts(self) -> np.ndarray:
         """Samples of each shard, int64 [shards]."""
@@ -186,8 +192,7 @@ def open_index(urls: Sequence[str], *, cache_shards: int = 32, storage: Storage 
             skips += entry_skips
     index = ShardIndex(entries, skips=skips, scanned=scanned, cache_shards=cache_shards, storage=storage)
     if index.num_samples == 0:
-        damage = "; ".join(f"{s.shard}: {s.cause} ({s.detail})" for s in skips[:_NAMED_IN_ERRORS])
-        raise ValueError(f"no samples in {list(urls)}{': ' + damage if damage else ''}")
+        raise ValueError(f"no samples in {list(urls)}{': ' + index.damage() if skips else ''}")
     return index
 
 
