@@ -74,12 +74,14 @@ class StepConfig:
     contenders: Sequence[str] = ()
     """Contenders whose name holds one of these; all if empty. The others must agree with the first that runs."""
     fuse_encoder: bool = False
-    """Run the encoder with `parallel.fuse_encoder`."""
+    """Run the encoder with `parallel.fuse_encoder`; only with `pixels`."""
     profile: Path | None = None
     """Folder for the profile of each of our steps; None makes none."""
 
     def __post_init__(self) -> None:
-        """Reject networks that have no encoder."""
+        """Reject networks that have no encoder, and settings of one that does not run."""
+        if self.fuse_encoder and not self.pixels:
+            raise ValueError("--fuse-encoder, but no encoder runs on ready features: add --pixels.")
         without = [name for name in self.networks if name in IDEFICS]
         if self.pixels and not self.tiny and without:
             raise ValueError(
@@ -199,6 +201,8 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
     sizes = f"layers={model.lm.num_layers} batch={size.rows} rows={size.length} images={size.media}"
     if config.recompute and contender != idefics.NAME:
         sizes += f" recompute={config.recompute}"
+    if config.fuse_encoder:
+        sizes += " fused_encoder"
     return Row(
         level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
         ours=contender in ("triton", COMPILED),

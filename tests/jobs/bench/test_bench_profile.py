@@ -109,3 +109,5 @@ def test_pixels_are_refused_where_features_are_all_there_is(capsys):
 
     with pytest.raises(ValueError, match="3b-idefics takes ready features"):
         StepConfig(device=torch.device("cuda"), pixels=True)
+    with pytest.raises(ValueError, match="--fuse-encoder, but no encoder runs"):
+        StepConfig(device=torch.device("cuda"), fuse_encoder=True)
