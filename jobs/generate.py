@@ -10,16 +10,17 @@ from data_pipeline.errors import BadSampleError
 from data_pipeline.media import MediaConfig, decode_image, decode_video
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
-from flamingo_dist.inference.prompt import prompt_of_texts
+from flamingo_dist.inference.prompt import Prompt, prompt_of_texts
 from flamingo_dist.models.exchange.folder import read_network_config, read_stated
 from flamingo_dist.models.flamingo import FlamingoConfig
-from flamingo_dist.parallel.topology import ParallelConfig, single_process, world_device
+from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process, world_device
 from flamingo_dist.training.build import build_model
 from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint
 from flamingo_dist.training.config import DTYPES
 from flamingo_dist.training.stored_state import load_trainable
 from jobs.encode import media_config
 from jobs.held_out import prompt_ids
+from jobs.local_ranks import on_local_ranks
 from jobs.network_source import local_folder
 from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
 from jobs.run_file import load_run_config
@@ -48,6 +49,8 @@ class GenerateArguments:
     """Above 0 tokens are drawn, from softmax(logits / temperature)."""
     seed: int = 0
     """Of the drawing."""
+    tensor: int = 1
+    """Processes of this machine, a GPU each where there are GPUs, that share the network by tensor parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
     Raises:
         ValueError: a shot that is not FILE=TEXT, a file that is no image, or a run that cannot be read.
         CheckpointError: no such checkpoint.
+        RunFailedError: one of several processes ended without an error of its own.
     """
     shots = [_split_shot(text) for text in arguments.shot]
     source = _source(arguments.run, arguments.checkpoint)
@@ -118,22 +122,46 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
         seed=arguments.seed,
     )
     stacked = torch.stack([torch.stack([*shot_frames, image]) for image in images])
-    with single_process() as topology:
-        model = build_model(
-            source.model, ParallelConfig(zero_stage=0), topology, dtype=source.dtype, seed=source.seed
-        )
-        if source.checkpoint is not None:
-            load_trainable(model, source.checkpoint)
-        stacked = stacked.to(world_device())
-        found = generate(
-            model,
-            [prompt.tokens] * len(images),
-            [prompt.media_index] * len(images),
-            stacked,
-            torch.ones(stacked.shape[:2], dtype=torch.bool, device=stacked.device),
-            settings,
-        )
+    parallel = ParallelConfig(zero_stage=0, tensor=arguments.tensor)
+    task = (parallel, source, prompt, stacked, settings)
+    if parallel.tensor == 1:
+        with single_process() as topology:
+            found = _continued(topology, *task)
+    else:
+        found = on_local_ranks(_continued, *task, tensor=parallel.tensor)
     return [(file, tokenizer.decode(text).strip()) for file, text in zip(arguments.image, found, strict=True)]
+
+
+def _continued(
+    topology: Topology,
+    parallel: ParallelConfig,
+    source: _Source,
+    prompt: Prompt,
+    media: torch.Tensor,
+    settings: GenerationConfig,
+) -> list[list[int]]:
+    """Return the ids that continue the prompt for each of N images.
+
+    Args:
+        topology: this process's place; the groups are initialised.
+        parallel: how the network is spread.
+        source: the network.
+        prompt: the same for all.
+        media: uint8 [N, M, 1, 3, H, W], the shots' and the image.
+        settings: how.
+    """
+    model = build_model(source.model, parallel, topology, dtype=source.dtype, seed=source.seed)
+    if source.checkpoint is not None:
+        load_trainable(model, source.checkpoint)
+    media = media.to(world_device())
+    return generate(
+        model,
+        [prompt.tokens] * len(media),
+        [prompt.media_index] * len(media),
+        media,
+        torch.ones(media.shape[:2], dtype=torch.bool, device=media.device),
+        settings,
+    )
 
 
 def _split_shot(text: str) -> tuple[str, str]:

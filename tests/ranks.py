@@ -15,6 +15,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# For whatever starts the server first: the code under test may have processes of its own (`jobs.local_ranks`).
+mp.get_context("forkserver").set_forkserver_preload(["tests.ranks_preload"])
+
 
 class RankFailedError(AssertionError):
     """A rank raised; the text is its traceback."""
@@ -59,7 +62,6 @@ class RankPool:
 def _processes(world: int) -> Iterator[list[Connection]]:
     """Start one process a rank for the time of the block; yields a pipe to each."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks_preload"])
     started, pipes = [], []
     try:
         for _ in range(world):

@@ -92,12 +92,19 @@ def _sum_over_tp(x: Tensor) -> Tensor:
     return sum_grad_over_tp(reduce(x.contiguous()))
 
 
+_MLP_PARTS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+
+
 class GatedMLP(MLP):
     """megatron-core's MLP with a SiLU gate, keeping the two halves for the backward and nothing made of them.
 
     megatron-core's own eager path adds an offset of zero to the linear half, a copy of it for nothing, and autograd
     keeps that and the gate besides: four hidden widths a token instead of two.
     """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Make the two layers."""
+        super().__init__(config, submodules=_MLP_PARTS)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """Map hidden_states [T, B, D] to [T, B, D], and the bias that is to be added or None."""
@@ -205,10 +212,8 @@ def layer_spec(config: LMConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=GatedMLP if config.gated else MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
-            ),
+            # Of a spec with a class of ours Megatron would say at each layer that it does not know it.
+            mlp=GatedMLP if config.gated else ModuleSpec(module=MLP, submodules=_MLP_PARTS),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -100,14 +100,20 @@ class Killer:
     def __init__(self, kills: int, steps: int) -> None:
         self._draw = random.Random(0)
         self._due = Counter(self._draw.randrange(1, steps) for _ in range(kills))
-        self._owed = 0
+        self._last, self._owed = steps - 1, 0
         self.killed = 0
         self.cpu_seconds = 0.0
         """What the killed ones had used, which nobody else remembers."""
 
     def __call__(self, step: int) -> None:
         self._owed += self._due[step]
-        while self._owed and (living := reader_processes()):
+        while self._owed:
+            living = reader_processes()
+            if not living and step < self._last:
+                return  # all are starting; the next step has this one's too
+            if not living:
+                time.sleep(0.1)
+                continue
             victim = self._draw.choice(living)
             used = victim.cpu_times()
             os.kill(victim.pid, signal.SIGKILL)

@@ -195,6 +195,14 @@ def test_captions_come_from_the_folder_alone(run, exported, tmp_path):
     assert path == str(file)
     assert len(caption) == 8, "a byte a token, and none of them ends the text"
     assert generate_captions(replace(arguments, run=str(run[0]))) == [(path, caption)]
+    for source in (exported, run[0]):
+        assert generate_captions(replace(arguments, run=str(source), tensor=2)) == [(path, caption)]
+    beams = replace(arguments, beams=3)
+    assert generate_captions(replace(beams, tensor=2)) == generate_captions(beams)
+    with pytest.raises(
+        ValueError, match=r"parallel.tensor=3 does not divide .*degrees that fit this model: \[1, 2\]"
+    ):
+        generate_captions(replace(arguments, tensor=3))
     with pytest.raises(
         ValueError, match=rf"{exported}/README.md cannot be shown: corrupt image .*; give image files"
     ):
