@@ -23,9 +23,16 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-4
-    """Peak learning rate, reached after the warm-up and then constant (paper: decay did not help)."""
+    """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 5000
     """Steps of linear warm-up from 0."""
+    decay: Literal["linear", "cosine", "exponential"] | None = None
+    """How the rate falls after the warm-up; None keeps it (paper: decay did not help, but for fine-tuning, where it
+    is exponential by a factor of 10)."""
+    decay_steps: int | None = None
+    """Steps that the fall takes, whatever the length of the run; the rate then stays."""
+    decay_to: float | None = None
+    """Share of `lr` that is left after it; None is 0.1."""
     weight_decay: float = 0.1
     """Weight decay, on everything but the resampler and the gates."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -43,6 +50,7 @@ class OptimizerConfig:
             raise ValueError(
                 f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative."
             )
+        self._check_decay()
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps} must be positive; AdamW's usual one is 1e-8.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -53,9 +61,38 @@ class OptimizerConfig:
                     f"{name}={getattr(self, name)} must be finite and not negative; 0 turns it off."
                 )
 
+    def _check_decay(self) -> None:
+        if self.decay is None:
+            if self.decay_steps is not None or self.decay_to is not None:
+                raise ValueError(
+                    f"decay_steps={self.decay_steps} and decay_to={self.decay_to} mean nothing without decay: set "
+                    'decay to "linear", "cosine" or "exponential", or leave them out.'
+                )
+            return
+        if self.decay_steps is None or self.decay_steps < 1:
+            raise ValueError(
+                f"decay={self.decay!r} needs decay_steps of at least 1, not {self.decay_steps}: often the run's steps "
+                "less its warm-up."
+            )
+        least_open = self.decay == "exponential"
+        if self.decay_to is not None and not (
+            0 < self.decay_to <= 1 or (self.decay_to == 0 and not least_open)
+        ):
+            raise ValueError(
+                f"decay_to={self.decay_to} must be a share of lr in {'(0, 1]' if least_open else '[0, 1]'}."
+            )
+
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step number `step`, counted from 0."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if step < self.warmup_steps or self.decay is None:
+            return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        assert self.decay_steps is not None, "checked when it was made"
+        left = 0.1 if self.decay_to is None else self.decay_to
+        gone = min(1.0, (step + 1 - self.warmup_steps) / self.decay_steps)
+        if self.decay == "exponential":
+            return self.lr * left**gone
+        share = 1 - gone if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * gone))
+        return self.lr * (left + (1 - left) * share)
 
 
 @dataclass(frozen=True, kw_only=True)

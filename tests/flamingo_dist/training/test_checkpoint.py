@@ -236,6 +236,8 @@ def test_a_setting_that_may_change_changes_and_no_other(checkpoint):
     ):
         check_run(manifest, run, ["train.seed"])
     manifest["run"] = run
+    newer = {**run, "train": {"optimizer": {"lr": 0.1, "decay": None}, "seed": 0}}
+    assert check_run(manifest, newer) == {}, "a checkpoint from before a setting that is off"
     with pytest.raises(CheckpointError, match="run.frozen.lm: checkpoint 'abc', this run 'random'"):
         check_run(manifest, {**run, "frozen": {"lm": "random"}})
 

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from torch.optim import lr_scheduler
 
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
 
@@ -43,3 +45,44 @@ def test_counts_out_of_range(name, value, least):
     with pytest.raises(ValueError, match=f"train.{name}={value} must be at least {least}"):
         TrainConfig(**{"steps": 3, name: value})
     TrainConfig(**{"steps": 3, name: least})
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("left", [None, 0.25])
+def test_the_rate_falls_as_torchs_schedules_do(decay, left):
+    config = OptimizerConfig(lr=2e-3, warmup_steps=3, decay=decay, decay_steps=8, decay_to=left)
+    assert [config.lr_at(step) for step in range(3)] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
+    end = 0.1 if left is None else left
+    schedule = {
+        "linear": lambda: lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=8),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=8, eta_min=2e-3 * end),
+        "exponential": lambda: lr_scheduler.ExponentialLR(optimizer, gamma=end ** (1 / 8)),
+    }[decay]()
+    for step in range(2, 11):
+        assert config.lr_at(step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert config.lr_at(10) == config.lr_at(10_000) == pytest.approx(2e-3 * end)
+
+
+def test_a_fall_may_end_at_nothing_and_start_at_once():
+    config = OptimizerConfig(lr=1.0, warmup_steps=0, decay="cosine", decay_steps=4, decay_to=0.0)
+    assert [config.lr_at(step) for step in (0, 1, 3, 4)] == pytest.approx([0.853553, 0.5, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"decay_steps": 5}, "mean nothing without decay"),
+        ({"decay_to": 0.5}, "mean nothing without decay"),
+        ({"decay": "linear"}, "needs decay_steps of at least 1, not None"),
+        ({"decay": "cosine", "decay_steps": 0}, "needs decay_steps of at least 1, not 0"),
+        ({"decay": "cosine", "decay_steps": 5, "decay_to": 1.5}, r"share of lr in \[0, 1\]"),
+        ({"decay": "exponential", "decay_steps": 5, "decay_to": 0.0}, r"share of lr in \(0, 1\]"),
+        ({"decay": "linear", "decay_steps": 5, "decay_to": math.nan}, r"share of lr in \[0, 1\]"),
+    ],
+)
+def test_a_fall_that_means_nothing_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        OptimizerConfig(**given)
