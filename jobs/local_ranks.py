@@ -2,23 +2,22 @@
 
 import os
 import pickle
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from queue import Empty
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
 from jobs.errors import RunFailedError
 
-_START = "forkserver"  # CUDA does not survive a fork of this process; the server has not touched it
-_SAID_SECONDS = 5.0
-_FAILED = (ProcessRaisedException, ProcessExitedException)
+_RESULT, _ERROR, _STORE = "result", "error", "store"
 
 
 def on_local_ranks(function: Callable[..., Any], *arguments: Any, tensor: int) -> Any:
@@ -37,29 +36,42 @@ def on_local_ranks(function: Callable[..., Any], *arguments: Any, tensor: int) -
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and tensor > gpus:
         raise ValueError(f"{tensor} tensor-parallel ranks want a GPU each, and this machine has {gpus}.")
-    said = mp.get_context(_START).Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # CUDA does not survive a fork of this process; the server has not touched it.
+        ranks = start_processes(
+            _rank,
+            args=(function, arguments, tensor, folder),
+            nprocs=tensor,
+            start_method="forkserver",
+            join=False,
+        )
         try:
-            start_processes(
-                _rank,
-                args=(function, arguments, tensor, f"{folder}/store", said),
-                nprocs=tensor,
-                start_method=_START,
+            while not ranks.join():
+                pass
+        except (ProcessRaisedException, ProcessExitedException) as failed:
+            raise _reason([process.exitcode for process in ranks.processes], folder, failed) from None
+        return pickle.loads((folder / _RESULT).read_bytes())
+
+
+def _reason(codes: Sequence[int | None], folder: Path, failed: Exception) -> BaseException:
+    """Return why ranks failed: one was killed, which the others have errors of, or the first error of one."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0 and code != -signal.SIGTERM:  # by which the others were ended
+            return RunFailedError(
+                f"process {rank} of {len(codes)} was ended by {signal.Signals(-code).name}; where that is SIGKILL, "
+                "memory may have run out."
             )
-        except _FAILED as failed:
-            raise _first_error(said, failed) from None
-    return pickle.loads(said.get(timeout=_SAID_SECONDS))
+    if (folder / _ERROR).exists():
+        found: BaseException = pickle.loads((folder / _ERROR).read_bytes())
+        return found
+    return RunFailedError(f"a process of the network failed: {failed}")
 
 
 def _rank(
-    rank: int,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    tensor: int,
-    store: str,
-    said: "mp.Queue[bytes]",
+    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], tensor: int, folder: Path
 ) -> None:
-    """Be one rank; the first says its result, and whoever fails its error."""
+    """Be one rank; the first writes its result, and whoever fails first its error."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron wants it under tensor parallelism
     backend = "gloo"
     if torch.cuda.is_available():
@@ -68,17 +80,24 @@ def _rank(
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // tensor))
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=tensor, timeout=timedelta(minutes=30)
+        backend,
+        init_method=f"file://{folder / _STORE}",
+        rank=rank,
+        world_size=tensor,
+        timeout=timedelta(minutes=30),
     )
     topology = Topology(world=tensor, rank=rank, tensor=tensor)
     init_groups(topology)
     try:
         found = function(topology, *arguments)
     except Exception as error:
-        said.put(_as_sent(error))
+        mine = folder / f"{_ERROR}-{rank}"
+        mine.write_bytes(_as_sent(error))
+        with suppress(FileExistsError):
+            (folder / _ERROR).hardlink_to(mine)
         raise
     if rank == 0:
-        said.put(pickle.dumps(found))
+        (folder / _RESULT).write_bytes(pickle.dumps(found))
     destroy_groups()
     dist.destroy_process_group()
 
@@ -91,14 +110,3 @@ def _as_sent(error: Exception) -> bytes:
     except Exception:  # an error of a library whose constructor wants more than a text
         return pickle.dumps(RunFailedError(f"{type(error).__name__}: {error}"))
     return sent
-
-
-def _first_error(said: "mp.Queue[bytes]", failed: Exception) -> BaseException:
-    """Return what the first rank that failed has said, or what became of its process."""
-    try:
-        while True:
-            found = pickle.loads(said.get(timeout=_SAID_SECONDS))
-            if isinstance(found, BaseException):
-                return found
-    except Empty:
-        return RunFailedError(f"a process of the network ended: {failed}")

@@ -42,7 +42,7 @@ def test_the_first_rank_says_what_all_have_made():
     [
         ("user", ValueError, "^rank 1 has no such file$"),
         ("library", RunFailedError, "^TwoTextsError: a b$"),
-        ("kill", RunFailedError, "a process of the network ended: process 1 terminated with signal SIGKILL"),
+        ("kill", RunFailedError, "process 1 of 2 was ended by SIGKILL"),
     ],
 )
 def test_a_rank_that_fails_ends_the_others(how, kind, says):
