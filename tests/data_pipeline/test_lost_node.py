@@ -50,6 +50,7 @@ def test_batches_that_went_with_their_node_are_made_again(cluster: Any, tmp_path
     with readers(config, replace(SETTINGS, timeout_s=60)) as pipeline:
         here = ray.get_runtime_context().get_node_id()  # holds two of three readers, and all else
         other = cluster.add_node(num_cpus=1, object_store_memory=128 << 20)
+        pipeline.feed(0).next(0)
         # The third reader starts with its node, which takes long on a busy machine; the two others would make every
         # batch meanwhile.
         ray.get([reader.open.remote(pipeline._sources.loaded) for reader in pipeline.readers], timeout=60)
