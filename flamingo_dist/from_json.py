@@ -16,12 +16,13 @@ def from_json(kind: Any, value: Any) -> Any:
 
     Raises:
         TypeError: a dataclass lacks a value, or has no such field.
-        KeyError: a value names a field that the dataclass has not.
+        KeyError: a value names a field that the dataclass has not; None there is an option that is off.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        return kind(**{name: from_json(hints[name], item) for name, item in value.items()})
+        given = {name: item for name, item in value.items() if name in hints or item is not None}
+        return kind(**{name: from_json(hints[name], item) for name, item in given.items()})
     if origin in (typing.Union, types.UnionType):
         return None if value is None else from_json(next(a for a in arguments if a is not type(None)), value)
     if origin is dict:

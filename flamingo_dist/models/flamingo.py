@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flamingo_dist.models.attention import KeyValueCache
 from flamingo_dist.models.gated_block import GatedBlockConfig, GatedCrossAttentionBlock, MediaKV
+from flamingo_dist.models.linear import replicated_linear
 from flamingo_dist.models.lm import BlockInputs, LanguageModel, run_layer
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.ranges import part
@@ -61,12 +62,6 @@ class FlamingoConfig:
         pairs = [
             ("resampler.feature_width", self.resampler.feature_width, "vision.width", self.vision.width),
             ("gated.width", self.gated.width, "lm.width", self.lm.width),
-            (
-                "gated.media_width",
-                self.gated.media_width,
-                "resampler.output_width",
-                self.resampler.output_width,
-            ),
         ]
         for left, a, right, b in pairs:
             if a != b:
@@ -75,6 +70,14 @@ class FlamingoConfig:
             raise ValueError(
                 f"cross_every={self.cross_every} must lie between 1 and lm.num_layers={self.lm.num_layers}."
             )
+
+    @property
+    def maps_media(self) -> bool:
+        """Whether a linear map stands between the resampler and the gated blocks, as their widths differ.
+
+        Table 5 counts keys and values of the gated blocks as reading the LM's width, so the paper's networks have one.
+        """
+        return self.gated.media_width != self.resampler.width
 
     def gated_positions(self) -> list[int]:
         """Return the LM blocks that a gated block stands before."""
@@ -133,6 +136,15 @@ class Flamingo(nn.Module):
         self.vision = build_vision(config.vision, opening=opening)
         self.vision.requires_grad_(False)
         self.resampler = PerceiverResampler(config.resampler, dtype=dtype)
+        self.media_map: nn.Module | None = None
+        if config.maps_media:
+            # Of normalised latents it makes values of variance 1.
+            self.media_map = replicated_linear(
+                config.resampler.width,
+                config.gated.media_width,
+                std=config.resampler.width**-0.5,
+                dtype=dtype,
+            )
         self.lm = LanguageModel(config.lm, dtype)
         self.gated = nn.ModuleDict(
             {str(i): GatedCrossAttentionBlock(config.gated, dtype=dtype) for i in config.gated_positions()}
@@ -317,6 +329,8 @@ class Flamingo(nn.Module):
         features_NFSC = features_NFSC.to(self.dtype)
         with part("resampler"):
             latents_NRE = self.resampler(features_NFSC)
+            if self.media_map is not None:
+                latents_NRE = self.media_map(latents_NRE)
         batch, num_media = media_mask_BM.shape
         full = latents_NRE.new_zeros(batch * num_media, *latents_NRE.shape[1:])
         return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))

@@ -26,7 +26,7 @@ class GatedBlockConfig:
     width: int
     """D: width of the LM's stream."""
     media_width: int
-    """E: width of the latents."""
+    """E: width of the latents, mapped to it linearly where the resampler's is another."""
     heads: int
     """H: attention heads; the tensor-parallel size must divide it."""
     head_dim: int

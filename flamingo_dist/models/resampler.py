@@ -40,7 +40,8 @@ class ResamplerConfig:
     heads: int = 16
     """H: attention heads; the tensor-parallel size must divide it."""
     head_dim: int = 96
-    """K: width of a head; `heads * head_dim` need not equal `width`."""
+    """K: width of a head; `heads * head_dim` need not equal `width`. This is 1536 / 16, as the paper's text has it;
+    its table 5 counts 128 (docs/language-models.md)."""
     ffw_mult: int = 4
     """Hidden width of the FFW as a multiple of `width`; the tensor-parallel size must divide the product."""
     activation: Activation = "sqrelu"
@@ -53,9 +54,6 @@ class ResamplerConfig:
     """Epsilon of all norms."""
     qk_norm: bool = False
     """Normalise each head's queries and keys, as IDEFICS does."""
-    out_width: int | None = None
-    """Width of the latents that are handed on, mapped linearly before the last norm; None hands on `width`. Table 5
-    counts keys and values of the gated blocks as reading the LM's width, so such a map must exist."""
     init_std: float | None = None
     """Standard deviation of initial weights; None is 1/sqrt(3 * inputs), `nn.Linear`'s own."""
     latents_std: float = 0.02
@@ -86,17 +84,11 @@ class ResamplerConfig:
             "head_dim",
             "ffw_mult",
             "frames",
-            "output_width",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"ResamplerConfig.{name}={getattr(self, name)} must be at least 1.")
         check_activation(self.activation)
         check_implementation(self.implementation)
-
-    @property
-    def output_width(self) -> int:
-        """Width of the latents that are handed on."""
-        return self.width if self.out_width is None else self.out_width
 
     @property
     def ffw_width(self) -> int:
@@ -225,12 +217,7 @@ class PerceiverResampler(nn.Module):
                 config.feature_width, config.width, std=config.std(config.feature_width), dtype=dtype
             )
         self.layers = nn.ModuleList(PerceiverLayer(config, dtype=dtype) for _ in range(config.depth))
-        self.widen: nn.Module | None = None
-        if config.output_width != config.width:
-            self.widen = replicated_linear(
-                config.width, config.output_width, std=config.std(config.width), dtype=dtype
-            )
-        self.norm = build_norm(config.output_width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+        self.norm = build_norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         if config.shared_feature_kv:
             self.register_forward_pre_hook(_add_anchor, with_kwargs=True)
 
@@ -245,7 +232,7 @@ class PerceiverResampler(nn.Module):
             anchor: 0-dim zero that a hook passes where ZeRO-3 needs it, see `_add_anchor`; not for callers.
 
         Returns:
-            [N, R, E] latents in the dtype of the parameters, E = `output_width`.
+            [N, R, E] latents in the dtype of the parameters.
 
         Raises:
             ValueError: the shape does not fit the configuration, or a video for a resampler with one temporal
@@ -268,7 +255,7 @@ class PerceiverResampler(nn.Module):
             shared = [*shared_feature_kv(features_NJE, attentions)]
         for layer, feature_kv in zip(self.layers, shared, strict=True):
             x_NRE = layer(features_NJE, x_NRE, mask_NJ, feature_kv)
-        out_NRE: Tensor = self.norm(x_NRE if self.widen is None else self.widen(x_NRE))
+        out_NRE: Tensor = self.norm(x_NRE)
         return out_NRE
 
     def _check(self, features_NFSC: Tensor, frame_mask_NF: Tensor | None) -> None:

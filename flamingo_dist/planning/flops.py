@@ -113,7 +113,7 @@ def _lm_weights(model: FlamingoConfig) -> int:
 
 
 def resampler(model: FlamingoConfig, media: int, frames: int) -> PartFlops:
-    """Return the operations of resampling `media` media of `frames` frames."""
+    """Return the operations of resampling `media` media of `frames` frames, and of mapping their latents."""
     r = model.resampler
     inner, features = r.heads * r.head_dim, frames * model.vision.num_features
     ffw = r.ffw_mult * r.width * r.width * (3 if r.activation == "silu_gated" else 2)
@@ -121,10 +121,10 @@ def resampler(model: FlamingoConfig, media: int, frames: int) -> PartFlops:
     linear = r.depth * (latents + features * 2 * r.width * inner)
     # The projection reads the frozen encoder's features.
     project = features * r.feature_width * r.width if r.feature_width != r.width else 0
-    widen = r.latents * r.width * r.output_width if r.output_width != r.width else 0
+    media_map = r.latents * r.width * model.gated.media_width if model.maps_media else 0
     attention = r.depth * 2 * r.latents * (features + r.latents) * inner
     return PartFlops(
-        linear=2.0 * media * (linear + project + widen),
+        linear=2.0 * media * (linear + project + media_map),
         attention=2.0 * media * attention,
         no_input_gradient=2.0 * media * project,
     )

@@ -96,6 +96,7 @@ def _order(
     whole = count_resampler(model.resampler, tp)
     layers = 1 if model.resampler.shared_feature_kv else model.resampler.depth
     parts = [_Use(f"resampler {i}", whole // layers) for i in range(layers)]
+    parts += [_Use("media map", counts.media_map)] if counts.media_map else []
     size = counts.vocabulary // (1 if lm.tied else 2)
     table, head_table = frozen("table", size), frozen("table" if lm.tied else "head table", size)
     extra, extra_head = [_Use("extra", counts.extra // 2)], [_Use("extra head", counts.extra // 2)]

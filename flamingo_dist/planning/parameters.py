@@ -18,6 +18,8 @@ class ParameterCounts:
     """Frozen encoder, whole on every rank."""
     resampler: int
     """Trainable Perceiver Resampler."""
+    media_map: int
+    """Trainable map of the latents to the gated blocks' media width; 0 where they are as wide."""
     gated: int
     """Trainable gated blocks, all of them."""
     extra: int
@@ -40,7 +42,7 @@ class ParameterCounts:
     @property
     def trainable(self) -> int:
         """Elements that hold gradients and optimizer state."""
-        return self.resampler + self.gated + self.extra
+        return self.resampler + self.media_map + self.gated + self.extra
 
     @property
     def frozen_lm(self) -> int:
@@ -62,6 +64,7 @@ def count_parameters(model: FlamingoConfig, tp: int = 1) -> ParameterCounts:
     return ParameterCounts(
         vision=vision_values(model.vision),
         resampler=resampler(model.resampler, tp),
+        media_map=model.resampler.width * model.gated.media_width if model.maps_media else 0,
         gated=gated * len(model.gated_positions()),
         extra=2 * lm.extra_tokens * lm.width,
         lm_blocks=block * lm.num_layers + _norm(lm.norm, lm.width) + lm.table_rows * lm.width,
@@ -125,7 +128,5 @@ def resampler(config: ResamplerConfig, tp: int) -> int:
     heads = 2 * _norm(config.norm, config.head_dim) if config.qk_norm else 0
     layer = (4 * width * inner + ffw) // tp + 3 * _norm(config.norm, width) + heads
     project = config.feature_width * width if config.feature_width != width else 0
-    if config.output_width != width:
-        project += width * config.output_width
     learned = (config.latents + config.frames) * width
-    return config.depth * layer + project + learned + _norm(config.norm, config.output_width)
+    return config.depth * layer + project + learned + _norm(config.norm, width)

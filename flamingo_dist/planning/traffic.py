@@ -29,7 +29,7 @@ def _tensor(work: Workload, data: DatasetShape, tp: int, dp: int) -> tuple[float
     stream = data.rows * data.tokens / dp * model.lm.width * size
     media = data.rows * data.media / dp
     latents = media * model.resampler.latents * model.resampler.width * size
-    handed_on = media * model.resampler.latents * model.resampler.output_width * size
+    handed_on = media * model.resampler.latents * model.gated.media_width * size
     features = media * data.frames * model.vision.num_features * model.resampler.width * size
     checkpointing = work.parallel.activation_checkpointing
     layers, gated, depth = model.lm.num_layers, len(model.gated_positions()), model.resampler.depth

@@ -51,6 +51,8 @@ class Widths:
     """A gated block stands before every n-th block."""
     head_dim: int = 128
     """K."""
+    resampler_head: int = 96
+    """K of the Resampler: 1536 / 16, as in every measured file; the recipes have heads of 128."""
     features: int = 1536
     """E, and C of IDEFICS, which has no map between the two."""
     encoder: int = 3072
@@ -117,7 +119,10 @@ def _paper(sizes: Widths, layers: int) -> FlamingoConfig:
         ),
         vision=_vision(sizes, sizes.encoder),
         resampler=ResamplerConfig(
-            feature_width=sizes.encoder, width=sizes.features, heads=16 // tensor, out_width=width
+            feature_width=sizes.encoder,
+            width=sizes.features,
+            heads=16 // tensor,
+            head_dim=sizes.resampler_head,
         ),
         gated=GatedBlockConfig(
             width=width,

@@ -2,9 +2,8 @@
 
 The LM is Chinchilla's: Transformer-XL's relative positions, RMSNorm, GeLU, 32,000 tied embeddings. Its weights were
 never published, so they are random unless `model.lm.weights` names a folder; `jobs.recipes.public` has LMs that are
-public. Table 5 counts 12 D^2 a gated block: its keys and values read the LM's width, so the resampler ends in a map
-to it. NFNet-F6 is random, too, unless
-`model.vision.weights` names published weights.
+public. Table 5 counts 12 D^2 a gated block: its keys and values read the LM's width, so a map to it follows the
+resampler. NFNet-F6 is random, too, unless `model.vision.weights` names published weights.
 """
 
 from dataclasses import replace
@@ -26,6 +25,8 @@ VOCAB = 32_000
 """SentencePiece vocabulary of Flamingo's and Chinchilla's model cards."""
 WIDTH = 1536
 """Width of the resampler, the same at every size (table 4)."""
+HEAD = 128
+"""Width of a head, the resampler's too: with the text's 1536 / 16 it has 175M parameters, with 128 table 5's 194M."""
 ROOT = "s3://YOUR-BUCKET"
 """Where the data are; a name to put one's own in place of."""
 IMAGE = 320
@@ -43,15 +44,15 @@ def _network(*, layers: int, width: int, heads: int, every: int) -> FlamingoConf
             width=width,
             num_heads=heads,
             num_kv_heads=heads,
-            head_dim=128,
+            head_dim=HEAD,
             ffn_width=4 * width,
             activation="gelu",
             positions="relative",
         ),
         vision=vision,
-        resampler=ResamplerConfig(feature_width=vision.width, width=WIDTH, latents=64, out_width=width),
+        resampler=ResamplerConfig(feature_width=vision.width, width=WIDTH, latents=64, head_dim=HEAD),
         gated=GatedBlockConfig(
-            width=width, media_width=width, heads=heads, head_dim=128, ffw_hidden=4 * width
+            width=width, media_width=width, heads=heads, head_dim=HEAD, ffw_hidden=4 * width
         ),
         cross_every=every,
     )

@@ -16,7 +16,7 @@ from flamingo_dist.models.lm_config import LMConfig, RopeScaling
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
 from jobs.config import DataConfig, RunConfig
-from jobs.recipes.large import ROOT, large_data, large_run, paper_data
+from jobs.recipes.large import HEAD, ROOT, large_data, large_run, paper_data
 
 IMAGE = 224
 CLIP_WIDTH = 1024
@@ -31,7 +31,7 @@ def _network(lm: LMConfig, *, every: int) -> FlamingoConfig:
     return FlamingoConfig(
         lm=lm,
         vision=_vision(),
-        resampler=ResamplerConfig(feature_width=CLIP_WIDTH, out_width=lm.width),
+        resampler=ResamplerConfig(feature_width=CLIP_WIDTH, head_dim=HEAD),
         gated=GatedBlockConfig(
             width=lm.width,
             media_width=lm.width,

@@ -68,7 +68,9 @@ def backward_tiles(latents: int, head_dim: int, dtype: torch.dtype, arch: int) -
         # At most 255 registers for four warps: two programs share a processor, where eight warps leave room for one.
         return Tiles(rows=rows, keys=64, parts=parts, warps=4, stages=2)
     if rows <= 64:
-        return Tiles(rows=rows, keys=64, parts=parts, warps=8, stages=2)
+        # Two blocks of 64 keys of a width of 128 spill on sm_100 with Triton 3.6.0.
+        keys = 32 if arch >= 100 and sum(parts) > 96 else 64
+        return Tiles(rows=rows, keys=keys, parts=parts, warps=8, stages=2)
     return Tiles(rows=128, keys=32, parts=parts, warps=8, stages=2)
 
 

@@ -69,10 +69,22 @@ def test_configuration_survives_the_run_folder(name, tmp_path):
     assert load_run_config(tmp_path) == config
 
 
+def test_a_run_folder_of_another_version_is_read_where_its_options_are_off(tmp_path):
+    config = RECIPES["smoke"].config()
+    stated = json.loads(json.dumps(config.to_json()))
+    stated["model"]["resampler"]["out_width"] = None
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    assert load_run_config(tmp_path) == config
+    stated["model"]["resampler"]["out_width"] = 2048
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match="out_width"):
+        load_run_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "width", "gated_blocks", "printed"),
     [
-        # Table 5 prints 1.4B, 7.1B, 70B of LM and 1.2B, 1.6B, 10B of gated blocks.
+        # Table 5 prints 1.4B, 7.1B, 70B of LM, 1.2B, 1.6B, 10B of gated blocks and 194M of Resampler.
         ("flamingo_3b", 24, 2048, 24, {"lm": (1.4, 1), "gated": (1.2, 1)}),
         ("flamingo_9b", 32, 4096, 8, {"lm": (7.1, 1), "gated": (1.6, 1)}),
         ("flamingo_80b", 80, 8192, 12, {"lm": (70, 0), "gated": (10, 0)}),
@@ -91,9 +103,12 @@ def test_large_recipes_have_the_papers_counts(name, layers, width, gated_blocks,
     assert counts["gated"] == pytest.approx(12 * gated_blocks * width**2, rel=1e-3)
     for part, (billions, digits) in printed.items():
         assert round(counts[part] / 1e9, digits) == billions
-    # Six layers, NFNet-F6's channels to the width, the width to the LM's. Table 5's 194M follows from no simple layout
-    # (docs/language-models.md).
-    assert counts["resampler"] == pytest.approx(6 * 12 * 1536**2 + 3072 * 1536 + 1536 * width, rel=3e-3)
+    # Six layers with heads of 128, and NFNet-F6's channels to the width (docs/language-models.md).
+    assert counts["resampler"] == pytest.approx(6 * 1536 * (4 * 2048 + 8 * 1536) + 3072 * 1536, rel=1e-3)
+    assert counts["resampler"] == pytest.approx(194e6, rel=0.01)
+    # The map to the LM's width, which the paper does not mention, is lost in what table 5 rounds away.
+    assert counts["media_map"] == 1536 * width
+    assert round((counts["gated"] + counts["media_map"]) / 1e9, printed["gated"][1]) == printed["gated"][0]
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(n.startswith("lm.") and ".extra" not in n for n in frozen)

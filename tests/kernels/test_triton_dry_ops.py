@@ -58,10 +58,12 @@ def launch_perceiver(
     perceiver_attn.launch_backward(out, *inputs, out, lse, 0)
 
 
-# Media, latents, features, heads, head width. The resampler is the same in the 3B, 9B and 80B recipes.
+# Media, latents, features, heads, head width. The resampler is the same in the 3B, 9B and 80B recipes, with the heads
+# that table 5 counts; the paper's text, IDEFICS and what was measured have heads of 96.
 PERCEIVER = {
     "smoke": (8, 8, 64, 4, 16),
     "paper": (320, 64, 100, 16, 96),
+    "recipes": (320, 64, 100, 16, 128),
 }
 PERCEIVER_WIDE = {
     "latents128": (64, 128, 800, 16, 96),
@@ -82,10 +84,10 @@ def test_perceiver_attn_at_the_recipes_shapes(shape, dtype, arch):
     for record in (forward, backward):
         check_record(record, f"perceiver_attn-{shape}-{SHORT[dtype]}")
         assert record.tensor_core_ops > 0
-        if shape == "paper":
+        if shape != "smoke":
             assert record.wide_loads > 0
             assert record.wide_stores > 0
-    if shape == "paper" and arch == 90 and dtype == BF16:
+    if shape != "smoke" and arch == 90 and dtype == BF16:
         assert forward.hgmma > 0
         assert forward.hmma == 0
         assert backward.hgmma > 0

@@ -41,6 +41,6 @@ def meta_counts(config: FlamingoConfig, tensor: int) -> Counter[str]:
         part = name.split(".")[0]
         if part == "lm":
             part = "extra" if ".extra" in name else "vocabulary" if "vocabulary" in name else "lm_blocks"
-        assert param.requires_grad == (part in ("resampler", "gated", "extra"))
+        assert param.requires_grad == (part in ("resampler", "media_map", "gated", "extra"))
         counts[part] += param.numel()
     return counts

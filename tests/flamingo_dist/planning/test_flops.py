@@ -89,7 +89,6 @@ def test_relative_positions_equal_torchs_counter(checkpointing):
     config = replace(
         base,
         lm=replace(base.lm, positions="relative", activation="gelu"),
-        resampler=replace(base.resampler, out_width=32),
         gated=replace(base.gated, media_width=32),
     )
     data = DatasetShape(name="d", rows=ROWS, tokens=TOKENS, media=MEDIA, frames=FRAMES)

@@ -42,13 +42,11 @@ LAYOUTS = [
 
 
 def networks(published: dict[str, str]) -> dict[str, FlamingoConfig]:
-    """A tiny network of each kind, one whose resampler widens, and one around each published LM."""
+    """A tiny network of each kind, one that maps its latents, and one around each published LM."""
     base = tiny.network(gate_init=0.5)
     found = {name: replace(base, lm=replace(base.lm, num_kv_heads=4, **kind)) for name, kind in KINDS.items()}
     wide = found["chinchilla"]
-    found["chinchilla"] = replace(
-        wide, resampler=replace(wide.resampler, out_width=32), gated=replace(wide.gated, media_width=32)
-    )
+    found["chinchilla"] = replace(wide, gated=replace(wide.gated, media_width=32))
     for name, folder in published.items():
         # The batches' `<image>` and `<EOC>` stand at 60 and 61.
         lm = read_lm_config(folder)
