@@ -51,8 +51,8 @@ class Widths:
     """A gated block stands before every n-th block."""
     head_dim: int = 128
     """K."""
-    resampler_head: int = 96
-    """K of the Resampler: 1536 / 16, as in every measured file; the recipes have heads of 128."""
+    resampler_head: int = 128
+    """K of the paper's Resampler."""
     features: int = 1536
     """E, and C of IDEFICS, which has no map between the two."""
     encoder: int = 3072

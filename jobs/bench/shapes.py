@@ -158,8 +158,8 @@ PERCEIVER = [
     PerceiverShape(name="images 320 px, heads of 128", media=320, features=100, head_dim=128, width=1536),
     PerceiverShape(name="smoke", media=8, features=16, heads=4, head_dim=16, latents=8, width=48),
 ]
-"""Named shapes of the Resampler: 320 px at stride 32 is 10 x 10 features, 480 px 15 x 15. Heads are those of the paper's
-text, and in one shape those of the recipes."""
+"""Named shapes of the Resampler: 320 px at stride 32 is 10 x 10 features, 480 px 15 x 15. Heads are those of the
+paper's text, and in one shape those of the recipes."""
 
 FUSED: list[Shape] = [
     AddNormShape(name="80B stream", rows=16_384, width=8192),

@@ -1,5 +1,6 @@
 """The step benchmark at tiny sizes on a CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,13 @@ OURS = [row for row in MEASURED.rows if row.contender in ("reference", "triton")
 
 
 @pytest.mark.parametrize("row", OURS, ids=lambda row: f"{row.shape}, {row.contender}, {row.sizes}")
-def test_the_dry_run_agrees_with_the_allocator_of_a_gpu(row):
+def test_the_dry_run_agrees_with_the_allocator_of_a_gpu(row, monkeypatch):
     """Within 1% of what the committed runs on an H200 held at most, beside what the benchmark itself holds."""
+    if (
+        row.shape in networks.PAPER
+    ):  # as measured: heads of 128 are of a later day (benchmarks/results/README.md)
+        measured = replace(networks.PAPER[row.shape], resampler_head=96)
+        monkeypatch.setitem(networks.PAPER, row.shape, measured)
     sizes = {name: int(value) for name, value in (pair.split("=") for pair in row.sizes.split())}
     config = StepConfig(
         device=CPU,
