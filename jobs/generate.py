@@ -11,7 +11,7 @@ from data_pipeline.media import MediaConfig, decode_image, decode_video
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
 from flamingo_dist.inference.prompt import Prompt, prompt_of_texts
-from flamingo_dist.models.exchange.folder import read_network_config, read_stated
+from flamingo_dist.models.exchange.folder import network_of, read_stated
 from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process, world_device
 from flamingo_dist.training.build import build_model
@@ -74,7 +74,7 @@ def _source(run: str, wanted: str) -> _Source:
                 f"{run} holds no tokenizer; export it from a run, or import a folder that has one."
             )
         return _Source(
-            model=read_network_config(run),
+            model=network_of(stated, run),
             tokenizer=tokenizer,
             dtype=DTYPES[stated.get("dtype", "bf16")],
             seed=0,

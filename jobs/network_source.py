@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.exchange.folder import (
     NetworkFolder,
-    read_network_config,
+    network_of,
     read_stated,
 )
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
@@ -100,7 +100,7 @@ def local_folder(source: str) -> Path:
 
 
 def _open_network_folder(url: str, stated: Mapping[str, Any], topology: Topology) -> Network:
-    config = read_network_config(url)
+    config = network_of(stated, url)
     model = empty_network(config)
     shapes, trainable = whole_shapes(model)
     folder = NetworkFolder(url, tp_rank=0, tp_size=1)

@@ -1,7 +1,6 @@
 """The tokenizer of a network folder, so that the folder alone is enough to generate."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.prompt import Encode
 from flamingo_dist.models.vision.files import read_json
-from flamingo_dist.models.weights.ranges import RangeFile, absolute, join_url
+from flamingo_dist.models.weights.ranges import RangeFile, absolute, inside, join_url
 
 FOLDER = "tokenizer"
 """Folder inside the network folder."""
@@ -46,9 +45,7 @@ def read_tokenizer(folder: str, stated: Mapping[str, Any]) -> TokenizerConfig | 
     if tokenizer is None:
         return None
     path = tokenizer["path"]
-    if path and not (os.path.isabs(path) or "://" in path):
-        path = join_url(folder, path)
-    return TokenizerConfig(**{**tokenizer, "path": path})
+    return TokenizerConfig(**{**tokenizer, "path": inside(folder, path) if path else ""})
 
 
 def added_tokens(folder: str) -> dict[str, int]:

@@ -19,7 +19,7 @@ from flamingo_dist.models.init import tag_of
 from flamingo_dist.models.stated_config import Difference, config_differences, lm_differences, refuse
 from flamingo_dist.models.vision import VisionConfig
 from flamingo_dist.models.vision.files import copy_weights, read_json
-from flamingo_dist.models.weights.ranges import absolute, join_url
+from flamingo_dist.models.weights.ranges import absolute, inside, join_url
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 
 FORMAT = "flamingo-dist"
@@ -126,11 +126,13 @@ def read_network_config(folder: str, *, vision: VisionConfig | None = None) -> F
     Raises:
         ValueError: it is no such folder, or of another version of this code.
     """
-    return _as_network(read_json(folder, "config.json") or {}, folder, vision)
+    return network_of(read_json(folder, "config.json") or {}, folder, vision=vision)
 
 
-def _as_network(stated: Mapping[str, Any], folder: str, vision: VisionConfig | None) -> FlamingoConfig:
-    """Return the network that a folder's `config.json` states, see `read_network_config`."""
+def network_of(
+    stated: Mapping[str, Any], folder: str, *, vision: VisionConfig | None = None
+) -> FlamingoConfig:
+    """Return the network that the `config.json` of `folder` states, which has been read; see `read_network_config`."""
     if stated.get("format") != FORMAT:
         raise ValueError(f"{folder} is no folder that `flamingo export` or `flamingo import` wrote.")
     if stated.get("version") != VERSION:
@@ -140,15 +142,12 @@ def _as_network(stated: Mapping[str, Any], folder: str, vision: VisionConfig | N
     model = stated.get("model")
     if not (isinstance(model, dict) and isinstance(model.get("vision"), dict)):
         raise ValueError(f"{folder}/config.json states no model; was it changed? Write the folder again.")
-    if vision is not None:
-        model["vision"] = dataclasses.asdict(vision)
-    else:
-        for field in _FILES_OF_VISION:
-            if model["vision"].get(field) and "://" not in model["vision"][field]:
-                model["vision"][field] = join_url(folder, model["vision"][field])
-    model["weights"] = folder
+    encoder = model["vision"] if vision is None else dataclasses.asdict(vision)
+    if vision is None:
+        held = {field: encoder[field] for field in _FILES_OF_VISION if encoder.get(field)}
+        encoder = {**encoder, **{field: inside(folder, place) for field, place in held.items()}}
     try:
-        config: FlamingoConfig = from_json(FlamingoConfig, model)
+        config: FlamingoConfig = from_json(FlamingoConfig, {**model, "vision": encoder, "weights": folder})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/config.json does not fit this version of the code: {error}.") from error
     return config
@@ -192,7 +191,7 @@ class NetworkFolder:
         if file is None:
             return
         # With the run's encoder: the folder's own may not be at hand, and a run may take another.
-        stated = _as_network(file, self.folder, config.vision)
+        stated = network_of(file, self.folder, vision=config.vision)
         apart = [*config_differences(config, stated, skipped=_OF_A_RUN)]
         apart += [d._replace(name=f"lm.{d.name}") for d in lm_differences(config.lm, stated.lm)]
         if config.lm.tied != stated.lm.tied:

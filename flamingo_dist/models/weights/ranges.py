@@ -25,6 +25,11 @@ def join_url(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def inside(folder: str, place: str) -> str:
+    """Return the URL of what a file in `folder` calls `place`: a path inside it, one from the root, or a URL."""
+    return place if os.path.isabs(place) or "://" in place else join_url(folder, place)
+
+
 def absolute(url: str) -> str:
     """Return a URL as it is, and a local path from the root, so that it means the same in any working directory."""
     # Links stay: the files of Hugging Face's cache are links from names with endings to names without.

@@ -281,6 +281,21 @@ def test_a_malformed_config_is_named(tmp_path, text, says):
         read_network_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("stated", "meant"),
+    [
+        ("vision/own.npz", "{folder}/vision/own.npz"),
+        ("/towers/own.npz", "/towers/own.npz"),
+        ("s3://towers/own.npz", "s3://towers/own.npz"),
+    ],
+)
+def test_the_encoders_files_are_inside_the_folder_or_elsewhere(exported, tmp_path, stated, meant):
+    config = json.loads((exported / "config.json").read_text())
+    config["model"]["vision"]["statistics"] = stated
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_network_config(str(tmp_path)).vision.statistics == meant.format(folder=tmp_path)
+
+
 def test_what_cannot_be_exported_is_an_error(run, exported, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         export_network(ExportArguments(source=str(run[0]), folder=str(exported)))
