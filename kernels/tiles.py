@@ -38,6 +38,28 @@ def load_tile(
 
 
 @triton.jit
+def load_parts(
+    x: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    real: tl.tensor,
+    x_stride: tl.tensor,
+    y_stride: tl.tensor,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return x1, y1, x2, y2: both parts [rows, K1] and [rows, K2] of two matrices; for K2 = 0 the first ones twice."""
+    x1 = load_tile(x, rows, real, x_stride, 0, K, K1)
+    y1 = load_tile(y, rows, real, y_stride, 0, K, K1)
+    x2, y2 = x1, y1
+    if K2 > 0:
+        x2 = load_tile(x, rows, real, x_stride, K1, K, K2)
+        y2 = load_tile(y, rows, real, y_stride, K1, K, K2)
+    return x1, y1, x2, y2
+
+
+@triton.jit
 def store_tile(
     ptr: tl.tensor,
     rows: tl.tensor,

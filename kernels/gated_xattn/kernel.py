@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.config import is_interpreted
-from kernels.tiles import load_tile, store_tile
+from kernels.tiles import load_parts, load_tile, store_tile
 
 UPCAST = tl.constexpr(is_interpreted)
 """The interpreter computes with the bit patterns of bf16, so there every operand becomes fp32 first."""
@@ -57,28 +57,6 @@ def _add_product(
     if K2 > 0:
         acc2 = dot(rows_T, x2, acc2, PRECISION)
     return acc1, acc2
-
-
-@triton.jit
-def load_parts(
-    x: tl.tensor,
-    y: tl.tensor,
-    rows: tl.tensor,
-    real: tl.tensor,
-    x_stride: tl.tensor,
-    y_stride: tl.tensor,
-    K: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return x1, y1, x2, y2: both parts [rows, K1] and [rows, K2] of two matrices; for K2 = 0 the first ones twice."""
-    x1 = load_tile(x, rows, real, x_stride, 0, K, K1)
-    y1 = load_tile(y, rows, real, y_stride, 0, K, K1)
-    x2, y2 = x1, y1
-    if K2 > 0:
-        x2 = load_tile(x, rows, real, x_stride, K1, K, K2)
-        y2 = load_tile(y, rows, real, y_stride, K1, K, K2)
-    return x1, y1, x2, y2
 
 
 @triton.jit

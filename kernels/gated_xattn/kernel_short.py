@@ -13,12 +13,11 @@ from kernels.gated_xattn.kernel import (
     SIZES,
     dot,
     gate_of,
-    load_parts,
     rows_by_latents,
     scores,
     zero_holes,
 )
-from kernels.tiles import store_tile
+from kernels.tiles import load_parts, store_tile
 
 
 @triton.jit(do_not_specialize=SIZES)

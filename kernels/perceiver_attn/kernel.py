@@ -11,7 +11,7 @@ of the shared memory and of the tensor-core work. K1 = 0 stands for a single par
 import triton
 import triton.language as tl
 
-from kernels.tiles import dot, load_tile, store_tile
+from kernels.tiles import dot, load_parts, load_tile, store_tile
 
 LOWEST = tl.constexpr(-1.0e30)
 """Running maximum before the first key; finite, so that no difference of maxima is ever NaN."""
@@ -255,12 +255,7 @@ def _backprop(
     the rows' places are small numbers that every block has alike. dV is written before dP is there, for registers.
     """
     rows_J = tl.arange(0, BLOCK_J)
-    k0 = load_tile(k_ptr, rows_J, seen_J, stride_k, 0, K, K0)
-    v0 = load_tile(v_ptr, rows_J, seen_J, stride_v, 0, K, K0)
-    k1, v1 = k0, v0
-    if K1 > 0:
-        k1 = load_tile(k_ptr, rows_J, seen_J, stride_k, K0, K, K1)
-        v1 = load_tile(v_ptr, rows_J, seen_J, stride_v, K0, K, K1)
+    k0, v0, k1, v1 = load_parts(k_ptr, v_ptr, rows_J, seen_J, stride_k, stride_v, K, K0, K1)
     p = tl.exp2(_scores(q0, q1, k0, k1, scale_log2, seen_J, K1, PREC, UPCAST) - lse[:, None])
     p_T = tl.trans(p.to(do0.dtype))
     store_tile(dv_ptr, rows_J, inside_J, STRIDE, 0, dot(p_T, do0, PREC, UPCAST), K, K0)
