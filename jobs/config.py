@@ -256,6 +256,8 @@ class RunConfig:
             del whole["model"]["lm"]["further_tokens"]
         if self.model.lm.weight_storage == "same":
             del whole["model"]["lm"]["weight_storage"]
+        if self.model.lm.matrix_products == "same":
+            del whole["model"]["lm"]["matrix_products"]
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

@@ -49,6 +49,8 @@ class PlanArguments:
     """ZeRO stage, in place of the recipe's."""
     weight_storage: WeightStorage | None = None
     """What the frozen LM's matrices are kept in, in place of the recipe's."""
+    fp8_products: bool = False
+    """Multiply them in fp8 (model.lm.matrix_products), and keep them so."""
     assume: Assumptions = field(default_factory=Assumptions)
     """Efficiencies that seconds are computed from."""
     picture: Path | None = None
@@ -127,7 +129,13 @@ def resolve(work: Workload, given: PlanArguments) -> tuple[Workload, Machine]:
     if given.zero_stage is not None:
         parallel = replace(parallel, zero_stage=given.zero_stage, frozen="resident")
     model = scaled.model
-    if given.weight_storage is not None:
+    if given.fp8_products:
+        if given.weight_storage not in (None, "fp8"):
+            raise ValueError(
+                f"--fp8-products keeps matrices in fp8, not in {given.weight_storage}: leave one out."
+            )
+        model = replace(model, lm=replace(model.lm, weight_storage="fp8", matrix_products="fp8"))
+    elif given.weight_storage is not None:
         model = replace(model, lm=replace(model.lm, weight_storage=given.weight_storage))
     gpu = GPUS[given.gpu]
     if given.memory_gib is not None:

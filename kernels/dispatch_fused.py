@@ -8,11 +8,13 @@ from kernels.config import have_triton
 from kernels.conv_epilogue import reference as conv_epilogue_reference
 from kernels.dispatch import Implementation, launches
 from kernels.gated_relu2 import reference as gated_relu2_reference
+from kernels.row_fp8 import reference as row_fp8_reference
 
 if have_triton:
     from kernels.add_layernorm import op as add_layernorm_op
     from kernels.conv_epilogue import op as conv_epilogue_op
     from kernels.gated_relu2 import op as gated_relu2_op
+    from kernels.row_fp8 import op as row_fp8_op
 
 
 def add_layernorm(
@@ -88,10 +90,25 @@ def gated_residual_(
     return conv_epilogue_reference.gated_residual_(*given, activate=activate)
 
 
-def _is_eager(x_NCHW: Tensor) -> bool:
-    """Return whether `x_NCHW` [N, C, H, W] is there to be computed on.
+def quantise_rows(
+    x_NI: Tensor, factor_I: Tensor | None = None, *, implementation: Implementation = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rows in fp8 with a scale each; `kernels.row_fp8.reference` has the contract. No derivative.
+
+    Returns:
+        codes float8_e4m3fn [N, I] and scale fp32 [N, 1].
+    """
+    row_fp8_reference.check_shapes(x_NI, factor_I)
+    reason = row_fp8_op.unsupported(x_NI) if have_triton else None
+    if launches(implementation, "quantise_rows", x_NI, reason):
+        return row_fp8_op.launch(x_NI, factor_I) if _is_eager(x_NI) else row_fp8_op.empty(x_NI)
+    return row_fp8_reference.quantise_rows(x_NI, factor_I)
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Return whether `x` (any shape) is there to be computed on.
 
     torch.compile fuses what follows a convolution by itself; of a fake tensor shapes alone are asked, which the
     reference has too.
     """
-    return not torch.compiler.is_compiling() and type(x_NCHW) is Tensor
+    return not torch.compiler.is_compiling() and type(x) is Tensor

@@ -17,7 +17,7 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 
 from flamingo_dist.models.init import tag, tag_of
-from flamingo_dist.models.lm_config import WeightStorage
+from flamingo_dist.models.lm_config import MatrixProducts, WeightStorage
 from flamingo_dist.models.quantised import QuantisedWeight
 
 
@@ -132,20 +132,22 @@ def _with_bias(layer: ColumnLinear | RowLinear, output: Tensor) -> tuple[Tensor,
     return output + layer.bias, None
 
 
-def quantise_(layer: nn.Module, storage: WeightStorage, device: torch.device) -> None:
+def quantise_(
+    layer: nn.Module, storage: WeightStorage, device: torch.device, *, products: MatrixProducts = "same"
+) -> None:
     """Put a `QuantisedWeight` on `device` in the place of a frozen layer's weight; leave any other module as it is.
 
     A collective of the tensor-parallel group, which goes through its modules in one order.
 
     Raises:
-        ValueError: the weight has values that are not finite.
+        ValueError: the weight has values that are not finite, or fp8 products cannot be had.
     """
     if not isinstance(layer, ColumnLinear | RowLinear) or layer.weight.requires_grad:
         return
     inputs_cut = tag_of(layer.weight).partition_dim == 1
     weight = layer.weight.detach().to(device)
     del layer.weight
-    layer.quantised = QuantisedWeight(weight, storage, inputs_cut=inputs_cut)
+    layer.quantised = QuantisedWeight(weight, storage, inputs_cut=inputs_cut, products=products)
 
 
 def _three_axes(x: Tensor) -> Tensor:

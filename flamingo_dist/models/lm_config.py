@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 Naming = Literal["llama", "opt", "gpt2", "mpt", "mosaic_gpt"]
 WeightStorage = Literal["same", "int8", "fp8"]
+MatrixProducts = Literal["same", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,11 @@ class LMConfig:
     """Whose tensor names the published weights have; Qwen's are LLaMA's."""
     weight_storage: WeightStorage = "same"
     """What the blocks' matrices are kept in: the run's dtype, or one byte a value and one fp32 scale an output channel,
-    int8 or fp8 (e4m3). Matrix products stay in the run's dtype. Needs parallel.frozen="resident"."""
+    int8 or fp8 (e4m3). Needs parallel.frozen="resident"."""
+    matrix_products: MatrixProducts = "same"
+    """What the blocks' matrices are multiplied in: the run's dtype, or fp8, of which Hopper and later GPUs do twice as
+    many; activations and their gradients are then quantised by row. "fp8" needs weight_storage="fp8", and keeps the
+    codes a second time, transposed."""
 
     extra_like: tuple[int | None, int | None] = (None, None)
     """Ids whose published rows `<image>` and `<EOC>` start from; None starts near the mean of all rows. A token
@@ -128,9 +133,22 @@ class LMConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels.")
         if self.positions == "relative" and self.width % 2:
             raise ValueError(f"width {self.width} is odd: relative positions need pairs of sine and cosine.")
-        for name in ("activation", "norm", "bias", "qk_norm", "positions", "naming", "weight_storage"):
+        for name in (
+            "activation",
+            "norm",
+            "bias",
+            "qk_norm",
+            "positions",
+            "naming",
+            "weight_storage",
+            "matrix_products",
+        ):
             allowed = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {allowed}.")
+        if self.matrix_products == "fp8" and self.weight_storage != "fp8":
+            raise ValueError(
+                f"matrix_products='fp8' needs weight_storage='fp8', not {self.weight_storage!r}: set both, or neither."
+            )
         if self.rope_scaling.factor != 1 and self.positions != "rotary":
             raise ValueError(f"rope_scaling.factor needs positions='rotary', not {self.positions!r}.")

@@ -1,9 +1,9 @@
 """Frozen matrices of one byte a value: int8 or fp8 codes with one scale an output channel.
 
-Weight-only: activations and gradients keep their dtype. The codes become it where they are used, in the forward and
-again in the backward, so that no copy of a weight lives between the two. Codes of both kinds are exact in bf16, and
-the scale multiplies the product, not the matrix: what is computed is the product with `codes * scale`, which nobody
-makes.
+Weight-only, unless products are asked for in fp8 (`fp8_product.py`): activations and gradients keep their dtype. The
+codes become it where they are used, in the forward and again in the backward, so that no copy of a weight lives
+between the two. Codes of both kinds are exact in bf16, and the scale multiplies the product, not the matrix: what is
+computed is the product with `codes * scale`, which nobody makes.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flamingo_dist.models.lm_config import WeightStorage
+from flamingo_dist.models.fp8_product import check_fp8_shape, fp8_product
+from flamingo_dist.models.lm_config import MatrixProducts, WeightStorage
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Largest code: what the largest value of a channel becomes."""
@@ -32,8 +33,17 @@ class QuantisedWeight(nn.Module):
     """int8 or float8_e4m3fn [O, I], this rank's part of the matrix."""
     scale_O: Tensor
     """fp32 [O], of each output channel: largest magnitude over all inputs of all ranks, over the largest code."""
+    codes_IO: Tensor | None
+    """The codes transposed, for fp8 products in the backward; None where products are in the run's dtype."""
 
-    def __init__(self, weight_OI: Tensor, storage: WeightStorage, *, inputs_cut: bool) -> None:
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        storage: WeightStorage,
+        *,
+        inputs_cut: bool,
+        products: MatrixProducts = "same",
+    ) -> None:
         """Quantise a matrix. A collective of the tensor-parallel group where the inputs are cut.
 
         Args:
@@ -41,11 +51,14 @@ class QuantisedWeight(nn.Module):
             storage: "int8" or "fp8".
             inputs_cut: whether the group's ranks hold parts of the inputs. A channel's scale is that of the whole
                 row, so that codes do not depend on the tensor-parallel degree.
+            products: "same" for products in the activations' dtype, "fp8" for products of codes (storage "fp8").
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is not finite, or fp8 matrix units do not take the matrix.
         """
         super().__init__()
+        if products == "fp8":
+            check_fp8_shape(*weight_OI.shape)
         dtype = CODES[storage]
         rows = max(1, CHUNK // weight_OI.shape[1])
         parts = weight_OI.detach().split(rows)
@@ -65,6 +78,8 @@ class QuantisedWeight(nn.Module):
             codes.copy_(scaled.clamp_(-LARGEST[dtype], LARGEST[dtype]))
         self.register_buffer("codes_OI", codes_OI, persistent=False)
         self.register_buffer("scale_O", scale_O, persistent=False)
+        codes_IO = codes_OI.t().contiguous() if products == "fp8" else None
+        self.register_buffer("codes_IO", codes_IO, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the network to its device, but keep the dtypes: `module.bfloat16()` would undo the quantisation."""
@@ -73,6 +88,8 @@ class QuantisedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, floating of shape [..., I], to its product with the matrix: [..., O], dtype of x."""
+        if self.codes_IO is not None:
+            return fp8_product(x, self.codes_OI, self.codes_IO, self.scale_O)
         run = _traced_product if torch.compiler.is_compiling() else _Product.apply
         product: Tensor = run(x, self.codes_OI, self.scale_O)
         return product

@@ -9,7 +9,7 @@ from flamingo_dist.models.lm_config import LMConfig
 
 _TOLERANCE = 1e-6
 """Relative; GGUF files hold settings in fp32."""
-_NOT_OF_THE_LM = ("weights", "weight_storage", "extra_like", "further_tokens")
+_NOT_OF_THE_LM = ("weights", "weight_storage", "matrix_products", "extra_like", "further_tokens")
 """Where weights are, how a run keeps them, and the tokens that it adds."""
 _PROVEN_BY_SHAPES = ("vocab_size", "max_positions")
 """Published vocabularies and tables are padded or counted in other ways; the rows that are stored count."""

@@ -13,6 +13,8 @@ class GPU:
     """Memory in GiB that a process can address, about the sheet's GB in GiB."""
     bf16_tflops: float
     """Peak of bf16 matrix products, TFLOP/s."""
+    fp8_tflops: float
+    """Peak of fp8 matrix products, TFLOP/s; 0 where there are none."""
     tf32_tflops: float
     """Peak of TF32 matrix products, TFLOP/s; what cuDNN convolutions of fp32 tensors use."""
     fp32_tflops: float
@@ -29,6 +31,7 @@ GPUS = {
     "a100-40": GPU(
         memory_gib=39.4,
         bf16_tflops=312,
+        fp8_tflops=0,
         tf32_tflops=156,
         fp32_tflops=19.5,
         hbm_gbs=1555,
@@ -38,6 +41,7 @@ GPUS = {
     "a100-80": GPU(
         memory_gib=79.2,
         bf16_tflops=312,
+        fp8_tflops=0,
         tf32_tflops=156,
         fp32_tflops=19.5,
         hbm_gbs=2039,
@@ -47,6 +51,7 @@ GPUS = {
     "h100": GPU(
         memory_gib=79.1,
         bf16_tflops=989,
+        fp8_tflops=1979,
         tf32_tflops=495,
         fp32_tflops=67,
         hbm_gbs=3350,
@@ -56,6 +61,7 @@ GPUS = {
     "h200": GPU(
         memory_gib=139.8,
         bf16_tflops=989,
+        fp8_tflops=1979,
         tf32_tflops=495,
         fp32_tflops=67,
         hbm_gbs=4800,
@@ -65,6 +71,7 @@ GPUS = {
     "b200": GPU(
         memory_gib=178.0,
         bf16_tflops=2250,
+        fp8_tflops=4500,
         tf32_tflops=1125,
         fp32_tflops=75,
         hbm_gbs=8000,
@@ -91,6 +98,8 @@ class Assumptions:
 
     matmul: float = 0.60
     """Share of the matrix peak that linear layers reach (best measured products on an H100: 0.80)."""
+    fp8_matmul: float = 0.45
+    """Share of the fp8 matrix peak that products with a scale for each row reach, quantising the rows apart."""
     attention: float = 0.35
     """Share of the matrix peak that attention reaches."""
     vision: float = 0.40
@@ -116,7 +125,7 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         """Check the shares."""
-        for name in ("matmul", "attention", "vision", "hbm", "nvlink", "network"):
+        for name in ("matmul", "fp8_matmul", "attention", "vision", "hbm", "nvlink", "network"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(
                     f"Assumptions.{name}={getattr(self, name)} must lie above 0 and at most at 1."

@@ -4,7 +4,7 @@ from typing import Literal
 
 from flamingo_dist.models.head_loss import chunk_tokens
 from flamingo_dist.planning.gathers import replay
-from flamingo_dist.planning.parameters import ParameterCounts, count_parameters
+from flamingo_dist.planning.parameters import ParameterCounts, count_parameters, lm_matrices
 from flamingo_dist.planning.vision import vision_working_bytes
 from flamingo_dist.planning.workload import DatasetShape, Workload
 
@@ -44,7 +44,10 @@ def frozen_bytes(work: Workload, counts: ParameterCounts) -> int:
     size = work.bytes_per_value
     if work.model.lm.weight_storage == "same":
         return counts.frozen_lm * size
-    return counts.lm_matrices + 4 * counts.lm_channels + (counts.frozen_lm - counts.lm_matrices) * size
+    copies = 2 if work.model.lm.matrix_products == "fp8" else 1  # the second is transposed
+    return (
+        copies * counts.lm_matrices + 4 * counts.lm_channels + (counts.frozen_lm - counts.lm_matrices) * size
+    )
 
 
 def batch_bytes(work: Workload, data: DatasetShape, dp: int) -> float:
@@ -171,7 +174,9 @@ def activation_memory(work: Workload, data: DatasetShape, *, tp: int, dp: int) -
     else:
         blocks = model.lm.num_layers * lm + len(model.gated_positions()) * gated
         working = 4 * stream
-    if model.lm.weight_storage != "same":  # one matrix at a time stands in the run's dtype
+    if model.lm.matrix_products == "fp8":  # codes of one product's rows
+        working += n_tokens * max(max(sides) for sides in lm_matrices(model.lm, tp))
+    elif model.lm.weight_storage != "same":  # one matrix at a time stands in the run's dtype
         working += count_parameters(model, tp).largest_matrix * size
     vocabulary = model.lm.vocab_size / tp
     at_once = min(n_tokens, chunk_tokens(vocabulary))

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from flamingo_dist.planning.flops import dataset_flops
+from flamingo_dist.planning.flops import PartFlops, dataset_flops, relative_flops
 from flamingo_dist.planning.hardware import GPU, Assumptions
 from flamingo_dist.planning.memory import Residency, gated_block_bytes, lm_block_bytes, resampler_bytes
-from flamingo_dist.planning.parameters import count_parameters
+from flamingo_dist.planning.parameters import count_parameters, lm_matrices
 from flamingo_dist.planning.traffic import Traffic, step_traffic
-from flamingo_dist.planning.workload import Workload
+from flamingo_dist.planning.workload import DatasetShape, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
             else:
                 again = 1 if part.recomputed else 0
                 linear = part.linear + again * (part.linear - part.skipped) + part.backward_linear
+                if name == "lm" and work.model.lm.matrix_products == "fp8":
+                    linear *= _fp8_share(work, data, part, machine)
                 # A flash backward computes the scores once more: five products where the forward has two.
                 attention = part.attention * (1 + again) + 1.25 * part.backward_attention
                 value = (linear / assumed.matmul + attention / assumed.attention) / (tp * dp * peak)
@@ -60,7 +62,9 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
         kept += resampler_bytes(work, n_media, data.frames, tp)
     bandwidth = gpu.hbm_gbs * 1e9 * assumed.hbm
     seconds["elementwise"] = assumed.activation_passes * kept / bandwidth
-    if work.model.lm.weight_storage != "same":
+    if work.model.lm.matrix_products == "fp8":
+        seconds["quantise"] = _quantised_bytes(work, tp=tp, dp=dp) / bandwidth
+    elif work.model.lm.weight_storage != "same":
         # Codes are read and written in the run's dtype, by each forward, recomputation and backward.
         passes = sum(len(work.parts(data, dp)) for data in work.datasets) * (
             3 if work.parallel.activation_checkpointing else 2
@@ -70,6 +74,28 @@ def compute_seconds(work: Workload, machine: Machine, *, tp: int, dp: int) -> di
     state = count_parameters(work.model, tp).trainable * 16 / (dp if work.parallel.zero_stage >= 1 else 1)
     seconds["optimizer"] = assumed.optimizer_passes * state / bandwidth
     return seconds
+
+
+def _fp8_share(work: Workload, data: DatasetShape, part: PartFlops, machine: Machine) -> float:
+    """Return what is left of the time of the LM's linear operations, where those with its matrices are in fp8."""
+    gpu, assumed = machine.gpu, machine.assumptions
+    _, scores = relative_flops(work.model.lm, data)
+    ratio = gpu.bf16_tflops * assumed.matmul / (gpu.fp8_tflops * assumed.fp8_matmul)
+    return (scores + (part.linear - scores) * ratio) / part.linear
+
+
+def _quantised_bytes(work: Workload, *, tp: int, dp: int) -> float:
+    """Return the bytes that a step's quantisation of rows reads and writes on one GPU.
+
+    Inputs of all matrices in each forward, the recomputation but for its last product included, and gradients of their
+    outputs in the backward.
+    """
+    lm, size = work.model.lm, work.bytes_per_value
+    matrices = lm_matrices(lm, tp)[:4]  # the distances of relative positions are few
+    inputs, outputs = (sum(sides[i] for sides in matrices) for i in (1, 0))
+    again = inputs - matrices[-1][1] if work.parallel.activation_checkpointing else 0
+    tokens = sum(data.rows * data.tokens // dp for data in work.datasets)
+    return float(tokens * lm.num_layers * (inputs + again + outputs) * (size + 1))
 
 
 def link_bytes(traffic: Traffic, machine: Machine, *, tp: int) -> dict[str, float]:

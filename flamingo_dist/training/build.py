@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flamingo_dist.models.exchange.folder import NetworkFolder
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.fp8_product import check_fp8_device
 from flamingo_dist.models.init import ParamTag, draw
 from flamingo_dist.models.linear import quantise_
 from flamingo_dist.models.weights.source import opened_here
@@ -92,6 +93,8 @@ def build_model(
             partitioned in their storage.
     """
     parallel.check_storage(config.lm.weight_storage)
+    if config.lm.matrix_products == "fp8":
+        check_fp8_device(world_device())
     topology.check_divisible(config.tensor_sizes())
     if config.lm.weights is None and config.weights is None:
         topology.check_divisible({"lm.vocab_size (random weights)": config.lm.vocab_size})
@@ -111,7 +114,7 @@ def build_model(
     def settle(module: nn.Module) -> None:
         # As soon as a module is filled: host memory holds one layer beside what is on the device, or in the storage.
         if storage != "same":
-            quantise_(module, storage=storage, device=world_device())
+            quantise_(module, storage, world_device(), products=config.lm.matrix_products)
         # What ZeRO-3 partitions it has placed; it leaves buffers, such as the vision encoder's weights, where they are.
         module._apply(
             lambda tensor: tensor if hasattr(tensor, "ds_id") else tensor.to(world_device()), recurse=False

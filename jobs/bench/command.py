@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--media", type=int, default=5, help="images of a sample; default: 5")
     step.add_argument("--compiled", action="store_true", help="also with the frozen blocks compiled")
     step.add_argument(
+        "--fp8", action="store_true", help="also with the frozen LM multiplied in fp8 (Hopper and later)"
+    )
+    step.add_argument(
         "--recompute",
         choices=RECOMPUTE,
         default="none",
@@ -202,6 +205,7 @@ def _step(given: argparse.Namespace) -> int:
         pixels=given.pixels,
         recompute=RECOMPUTE[given.recompute],
         compiled=given.compiled,
+        fp8=given.fp8,
         contenders=given.contenders,
         fuse_encoder=given.fuse_encoder,
         profile=given.out if given.profile else None,

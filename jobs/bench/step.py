@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
+from flamingo_dist.models.fp8_product import check_fp8_device
+from flamingo_dist.models.linear import quantise_
 from flamingo_dist.models.ranges import part
 from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.planning.flops import dataset_flops
@@ -44,6 +46,10 @@ TINY = ("smoke", "smoke-idefics")
 """Networks of a machine without a GPU."""
 COMPILED = "frozen blocks compiled"
 """With Triton where it can run, and torch.compile for what is frozen."""
+FP8 = "frozen products in fp8"
+"""With Triton where it can run, and the frozen LM's matrices multiplied in fp8 (`LMConfig.matrix_products`)."""
+FP8_AGREEMENT = 2e-2
+"""As `AGREEMENT`, for its first loss: other numbers are multiplied."""
 _OURS = ("reference", "triton")
 
 
@@ -71,6 +77,8 @@ class StepConfig:
     """Activation checkpointing of our network; IDEFICS' keeps everything."""
     compiled: bool = False
     """Run a contender with compiled frozen blocks, too."""
+    fp8: bool = False
+    """Run a contender with the frozen LM's products in fp8, too; with `compiled` also one with both."""
     contenders: Sequence[str] = ()
     """Contenders whose name holds one of these; all if empty. The others must agree with the first that runs."""
     fuse_encoder: bool = False
@@ -138,15 +146,18 @@ def run_step(config: StepConfig, after_row: Callable[[Results], None] = lambda _
     lines: list[Line] = []
     with one_process(config.device):
         for name in config.chosen:
-            contenders = [*_OURS, *((idefics.NAME,) if name in IDEFICS else ())]
-            if config.compiled:
-                contenders.append(COMPILED)
-            if config.contenders:
-                contenders = [c for c in contenders if any(some in c for some in config.contenders)]
-            for row in _compare(config, name, contenders, clock, peak, lines):
+            for row in _compare(config, name, _contenders(config, name), clock, peak, lines):
                 results.rows.append(row)
                 after_row(results)
     return results
+
+
+def _contenders(config: StepConfig, name: str) -> list[str]:
+    """Return the names of those that run the network `name`."""
+    found = [*_OURS, *((idefics.NAME,) if name in IDEFICS else ())]
+    found += [COMPILED] * config.compiled + [FP8] * config.fp8
+    found += [f"{COMPILED}, {FP8}"] * (config.compiled and config.fp8)
+    return [c for c in found if not config.contenders or any(some in c for some in config.contenders)]
 
 
 def _compare(
@@ -172,7 +183,8 @@ def _compare(
             _release(config.device)
         first = loss if first is None else first
         difference = abs(loss - first) / abs(first)
-        if difference <= AGREEMENT[config.dtype]:
+        bound = FP8_AGREEMENT if FP8 in contender else AGREEMENT[config.dtype]
+        if difference <= bound:
             yield _timed(replace(blank, worst_error=difference), config, step, clock, peak)
             if config.profile is not None and contender != idefics.NAME:
                 lines += profile_step(
@@ -205,7 +217,7 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
         sizes += " fused_encoder"
     return Row(
         level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
-        ours=contender in ("triton", COMPILED),
+        ours=contender == "triton" or COMPILED in contender or FP8 in contender,
         mode="step", dtype=str(config.dtype).removeprefix("torch."), status="left out",
     )  # fmt: skip
 
@@ -222,7 +234,7 @@ class _Step:
         self.config = config.model(name)
         if contender in _OURS:
             self.config = with_implementation(self.config, contender, gate_init=0.5)
-        elif contender == COMPILED and launches:
+        elif contender != idefics.NAME and launches:
             self.config = with_implementation(self.config, "triton", gate_init=0.5)
         self.size = config.size(self.config)
         ours = build(
@@ -231,7 +243,14 @@ class _Step:
         if config.fuse_encoder:
             ours.vision.fuse()
         self.network: nn.Module = idefics.IdeficsNetwork(ours) if contender == idefics.NAME else ours
-        if contender == COMPILED:
+        if FP8 in contender:
+            try:
+                check_fp8_device(config.device)
+            except ValueError as error:
+                raise LeftOutError(str(error)) from error
+            for module in ours.lm.modules():
+                quantise_(module, "fp8", config.device, products="fp8")
+        if COMPILED in contender:
             ours.compile_frozen("inductor" if config.device.type == "cuda" else "aot_eager")
         batch = make_batch(self.config, self.size, seed=0)
         if self.size.features:

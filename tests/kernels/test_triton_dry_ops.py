@@ -14,6 +14,7 @@ from kernels.conv_epilogue import op as conv_epilogue
 from kernels.gated_relu2 import op as gated_relu2
 from kernels.gated_xattn import op as gated_xattn
 from kernels.perceiver_attn import op as perceiver_attn
+from kernels.row_fp8 import op as row_fp8
 from kernels.testing.dry import ARCHITECTURES, SHARED_MEMORY, Launch, Record, dry
 from tests.kernels.golden import check_registers
 
@@ -181,6 +182,32 @@ def test_conv_epilogue(dtype, arch):
         assert record.regs <= 64, "more would leave room for too few programs to hide the memory's latency"
 
 
+# Widths that frozen layers of the recipes read and write, cut by tensor parallelism or not: 64 is the smoke recipe's,
+# 2048 to 32768 are Chinchilla's streams and hidden layers from 3B to 80B, 28672 the hidden layer of LLaMA 70B.
+ROWS = [
+    *((width, BF16, 90) for width in (64, 2048, 8192, 28672, 32768)),
+    *((width, BF16, 100) for width in (2048, 32768)),
+    (32768, F32, 90),
+]
+
+
+@pytest.mark.parametrize(("width", "dtype", "arch"), ROWS, ids=str)
+def test_row_fp8(width, dtype, arch):
+    assert arch >= row_fp8.FIRST_ARCH
+    with dry(arch) as device:
+        x = torch.empty(64 * 2048, width, dtype=dtype, device="meta")
+        row_fp8.launch(x, None)
+        row_fp8.launch(x, torch.empty(width, device="meta"))
+    check_grids(device.launches)
+    assert device.launches[0].grid == (64 * 2048, 1, 1)
+    for record, kind in zip(device.records, ("plain", "factor"), strict=True):
+        check_record(record, f"row_fp8-{width}-{kind}-{SHORT[dtype]}")
+        assert record.regs * 32 * record.config["num_warps"] <= 65536
+        if width >= 2048:
+            assert record.wide_loads > 0
+            assert record.wide_stores > 0
+
+
 NORM_DTYPES = {"bf16": (BF16, BF16), "fp32": (F32, F32), "stream32": (F32, BF16)}
 # 1536: the resampler; 2048, 4096, 8192: the 3B, 9B and 80B language models; 64: smoke.
 NORM_CASES = [
@@ -239,6 +266,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         add_layernorm.launch_backward(y, z, y, x, vector, None, mean, rstd)
         gated_relu2.launch_backward(gated_relu2.launch_forward(x, None), x, None)
         image = torch.empty(1, 16, 4, 4, device="meta", memory_format=torch.channels_last)
+        row_fp8.launch(x, None)
         conv_epilogue.launch_bias_gelu(image, vector[:16])
         conv_epilogue.launch_gated_residual(image, None, image, vector[:16], vector[None, :16], activate=True)
         spans = gated_xattn.media_spans(torch.empty(1, 64, dtype=torch.int64, device="meta"), 2)
@@ -249,4 +277,4 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         perceiver_attn.launch_backward(out, *inputs, out, lse, 0)
     names = {launch.record.name for launch in device.launches}
     assert {"combine_kernel", "sum_chunks", "media_spans", "xattn_forward", "xattn_backward"} <= names
-    assert guarded == len(device.launches) >= 14
+    assert guarded == len(device.launches) >= 15

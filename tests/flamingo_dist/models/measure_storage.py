@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.linear import quantise_
+from flamingo_dist.models.lm_config import MatrixProducts
 from flamingo_dist.models.weights import read_lm_config
 from flamingo_dist.parallel.topology import single_process
 from jobs.demo.fetch import find_parts
@@ -18,6 +19,8 @@ from tests.flamingo_dist.models.test_lm import lm_logits, load_lm
 
 PAGES = ("docs/architecture.md", "README.md")
 LENGTH = 256
+FP8_PRODUCTS = "fp8, products too"
+STORAGES: dict[str, MatrixProducts] = {"int8": "same", "fp8": "same", FP8_PRODUCTS: "fp8"}
 
 
 def measure(gguf: str, files: list[str]) -> dict[str, dict[str, float]]:
@@ -29,10 +32,11 @@ def measure(gguf: str, files: list[str]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with single_process() as topology, torch.no_grad():
         plain = load_lm(topology, config)
-        for storage in ("int8", "fp8"):
+        for storage, products in STORAGES.items():
+            kind = "fp8" if storage == FP8_PRODUCTS else storage
             stored = load_lm(topology, config)
             for module in list(stored.modules()):
-                quantise_(module, storage, torch.device("cpu"))
+                quantise_(module, kind, torch.device("cpu"), products=products)
             sums = torch.zeros(4, dtype=torch.float64)
             for row in rows.split(4):
                 before, after = (lm_logits(lm, row, False).log_softmax(-1)[:, :-1] for lm in (plain, stored))

@@ -35,7 +35,9 @@ DATASETS = (
 def work_of(parallel: ParallelConfig, dtype: str, storage: Any = "same") -> Workload:
     size = 4 if dtype == "fp32" else 2
     model = tiny.network(layers=4, every=2, gate_init=0.5)
-    model = replace(model, lm=replace(model.lm, weight_storage=storage))
+    kind, _, products = storage.partition(" ")
+    lm = replace(model.lm, weight_storage=kind, matrix_products="fp8" if products else "same")
+    model = replace(model, lm=lm)
     # Two images at once, so that data sets differ in how often the encoder runs.
     model = replace(model, vision_batch=4)
     return Workload(model=model, datasets=DATASETS, parallel=parallel, bytes_per_value=size)
@@ -144,8 +146,8 @@ def test_a_dry_run_agrees_with_real_ranks(ranks, stage, frozen, tensor, dtype, c
 
 
 @pytest.mark.distributed
-def test_quantised_weights_run_dry_as_on_real_ranks(ranks):
-    storage = "fp8"
+@pytest.mark.parametrize("storage", ["fp8", "fp8 products"])
+def test_quantised_weights_run_dry_as_on_real_ranks(ranks, storage):
     parallel = ParallelConfig(tensor=2, zero_stage=3, activation_checkpointing=True)
     real, _ = ranks.run(real_run, parallel, "bf16", storage, world=4, tensor=2)[0]
     fake = fake_run(parallel, "bf16", 4, storage=storage)

@@ -9,10 +9,12 @@ import pytest
 
 from flamingo_dist.cli import main
 from flamingo_dist.parallel.topology import ParallelConfig
+from flamingo_dist.planning.hardware import GPUS
 from flamingo_dist.planning.plan import make_plan, scale_batches
 from flamingo_dist.planning.seconds import link_bytes
 from flamingo_dist.planning.suggestions import suggestions
 from flamingo_dist.planning.traffic import Traffic, step_traffic
+from flamingo_dist.planning.workload import Workload
 from jobs.plan import workload
 from jobs.recipes import RECIPES
 from tests.flamingo_dist.planning.shapes import GPU_COUNTS, LARGE, machine
@@ -191,6 +193,40 @@ def test_quantised_weights_take_half_and_cost_time():
         # The same work in more time.
         useful = (y.useful_mfu * y.step_seconds for y in (x, plain[x.tp]))
         assert next(useful) == pytest.approx(next(useful))
+
+
+def fp8_of(work: Workload) -> Workload:
+    lm = replace(work.model.lm, weight_storage="fp8", matrix_products="fp8")
+    return replace(work, model=replace(work.model, lm=lm))
+
+
+def test_fp8_products_take_the_memory_of_bf16_and_less_time():
+    work = work_of("flamingo_80b")
+    plain = {x.tp: x for x in make_plan(work, machine(256)).layouts if x.residency == "resident"}
+    found = [x for x in make_plan(fp8_of(work), machine(256)).layouts if x.tp in plain]
+    assert found
+    for x in found:
+        other = plain[x.tp]
+        assert x.residency == "resident"
+        assert x.memory["frozen"] == pytest.approx(other.memory["frozen"], rel=2e-3)
+        assert x.seconds["lm"] < 0.75 * other.seconds["lm"]  # scores and attention stay in bf16
+        assert 0 < x.seconds["quantise"] < 0.3 * (other.seconds["lm"] - x.seconds["lm"])
+        assert "dequantise" not in x.seconds
+        unchanged = set(other.seconds) - {"lm", "data_traffic_exposed"}
+        assert {n: x.seconds[n] for n in unchanged} == {n: other.seconds[n] for n in unchanged}
+        assert x.useful_mfu * x.step_seconds == pytest.approx(other.useful_mfu * other.step_seconds)
+
+
+def test_fp8_products_are_refused_where_no_gpu_has_them():
+    work = fp8_of(work_of("flamingo_80b"))
+    old = replace(machine(256), gpu=GPUS["a100-80"])
+    plan = make_plan(work, old)
+    assert not plan.layouts
+    assert not plan.too_large
+    assert all("needs a GPU with fp8 matrix units" in x or "does not divide" in x for x in plan.refused)
+    narrow = replace(work.model.lm, ffn_width=32_704)  # 8 * 4088, which is 8 * 511
+    plan = make_plan(replace(work, model=replace(work.model, lm=narrow)), machine(256))
+    assert [x for x in plan.refused if x.startswith("tp 8: a frozen matrix is [4088, 8192] on this rank")]
 
 
 def test_suggestions_name_the_storage_that_fits():

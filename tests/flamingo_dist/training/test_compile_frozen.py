@@ -76,6 +76,11 @@ LAYOUTS = {
         ParallelConfig(tensor=2, zero_stage=2),
         {"weight_storage": "int8", "bias": "all"},
     ),
+    "fp8 products": (
+        1,
+        ParallelConfig(zero_stage=0, activation_checkpointing=True),
+        {"weight_storage": "fp8", "matrix_products": "fp8"},
+    ),
 }
 
 

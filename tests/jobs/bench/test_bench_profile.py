@@ -77,13 +77,28 @@ def _range_of(event):
 
 def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-    given = ["step", "--device", "cpu", "--tiny", "--pixels", "--compiled", "--recompute", "selective"]
+    given = [
+        "step",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--pixels",
+        "--compiled",
+        "--fp8",
+        "--recompute",
+        "selective",
+    ]
     given += ["--profile", "--out", str(tmp_path)]
     assert command.main(given) == 0
     rows = json.loads((tmp_path / "step-pixels.json").read_text())["rows"]
     status = {r["contender"]: r["status"] for r in rows}
-    assert status == {"reference": "timed", "triton": "left out", "frozen blocks compiled": "timed"}
-    assert rows[2]["worst_error"] < 1e-5
+    compiled, fp8 = "frozen blocks compiled", "frozen products in fp8"
+    timed = dict.fromkeys(("reference", compiled, fp8, f"{compiled}, {fp8}"), "timed")
+    assert status == timed | {"triton": "left out"}
+    errors = {r["contender"]: r["worst_error"] for r in rows}
+    assert errors[compiled] < 1e-5
+    assert 0 < errors[fp8] < 2e-2, "fp8 rounds, and not much"
+    assert errors[f"{compiled}, {fp8}"] == pytest.approx(errors[fp8], rel=0.1)
     with (tmp_path / "profile.csv").open() as file:
         lines = list(csv.DictReader(file))
     lines = [x for x in lines if x["contender"] == "reference"]
@@ -100,7 +115,7 @@ def test_a_tiny_profile_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     assert {"frozen LM", "vision encoder", "aten::mm"} <= names
     page = (tmp_path / "profile.md").read_text()
     assert "## smoke, frozen blocks compiled" in page
-    assert page.count("| frozen LM | backward |") == 2, "the compiled blocks' backward is theirs"
+    assert page.count("| frozen LM | backward |") == 4, "the compiled blocks' backward is theirs"
 
 
 def test_pixels_are_refused_where_features_are_all_there_is(capsys):

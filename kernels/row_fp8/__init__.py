@@ -1,0 +1,1 @@
+"""Rows of a matrix in fp8, each with a scale of its own."""
