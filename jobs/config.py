@@ -11,7 +11,9 @@ from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.fp8_product import check_fp8_shape
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
+from flamingo_dist.planning.parameters import lm_matrices
 from flamingo_dist.training.config import TrainConfig
 
 
@@ -161,6 +163,9 @@ class RunConfig:
         topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
         topology.check_divisible(self.model.tensor_sizes())
         self.parallel.check_storage(self.model.lm.weight_storage)
+        if self.model.lm.matrix_products == "fp8":
+            for outputs, inputs in lm_matrices(self.model.lm, self.parallel.tensor):
+                check_fp8_shape(outputs, inputs)
         self._check_precision()
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)

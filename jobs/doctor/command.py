@@ -17,6 +17,7 @@ from jobs.doctor.findings import Finding, count, fail, lines, to_json
 from jobs.doctor.layout import (
     check_borders,
     check_configuration,
+    check_fp8,
     check_gpu_memory,
     check_processes,
 )
@@ -121,6 +122,7 @@ def examine_run(recipe: Recipe, given: DoctorArguments) -> tuple[list[Finding], 
     found += check_skew(reports) + check_same_versions(reports)
     if reports:
         found += check_processes(run, reports, own_ray=own_ray) + check_gpu_memory(run, reports)
+        found += check_fp8(run, reports)
     return found, reports
 
 

@@ -158,6 +158,24 @@ def _check_gpus(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
     return [ok("GPUs", f"{there} for {world} training processes")]
 
 
+def check_fp8(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
+    """Check that GPUs have fp8 matrix units, where the frozen LM is to be multiplied on them."""
+    names = sorted({gpu.name for node in nodes for gpu in node.gpus})
+    if run.model.lm.matrix_products != "fp8" or not run.resources.use_gpu or not names:
+        return []
+    sheets = {name: gpu_of(name) for name in names}
+    without = [name for name, sheet in sheets.items() if sheet is not None and not sheet.fp8_tflops]
+    if not without:
+        return [ok("fp8 products", f"{', '.join(names)}")]
+    return [
+        fail(
+            "fp8 products",
+            f"model.lm.matrix_products=fp8, but {', '.join(without)} has no fp8 matrix units",
+            "set --model.lm.matrix-products same, or take H100s or later",
+        )
+    ]
+
+
 def check_gpu_memory(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
     """Check the planner's peak of one GPU against the smallest GPU there is."""
     memory = [gpu.total_gib for node in nodes for gpu in node.gpus]

@@ -247,6 +247,21 @@ def test_partitioned_weights_in_int8_are_refused():
     assert "weight_storage" not in resident.identity()["model"]["lm"]
 
 
+def test_fp8_products_are_checked_against_what_a_rank_holds():
+    config = RECIPES["flamingo_80b"].config()
+    fp8 = replace(config.model.lm, weight_storage="fp8", matrix_products="fp8")
+    stored = replace(config, model=replace(config.model, lm=fp8))
+    kept = replace(config, model=replace(config.model, lm=replace(fp8, matrix_products="same")))
+    assert len({config.fingerprint(), kept.fingerprint(), stored.fingerprint()}) == 3
+    # Checkpoints from before the setting stay valid.
+    assert "matrix_products" not in kept.identity()["model"]["lm"]
+    with pytest.raises(ValueError, match="matrix_products='fp8' needs weight_storage='fp8', not 'same'"):
+        replace(config.model.lm, matrix_products="fp8")
+    narrow = replace(fp8, ffn_width=8 * 4_088)
+    with pytest.raises(ValueError, match=r"\[.*4088.*\] on this rank; .* needs multiples of 16"):
+        replace(stored, model=replace(config.model, lm=narrow), parallel=replace(config.parallel, tensor=8))
+
+
 def test_every_setting_is_documented():
     """A docstring stands under every field of every configuration class that a recipe holds."""
     import ast

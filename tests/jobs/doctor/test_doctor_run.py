@@ -39,8 +39,10 @@ def with_tensor(run: UncheckedRun, tensor: int, workers: int | None = None) -> U
     return replace(run, parallel=replace(run.parallel, tensor=tensor), resources=resources)
 
 
-def nodes(count: int, gpus: int, *, memory: float = 79.1, cores: int = 96) -> list[NodeReport]:
-    each = (GPUFacts(name="NVIDIA H100 80GB HBM3", total_gib=memory, free_gib=memory),) * gpus
+def nodes(
+    count: int, gpus: int, *, memory: float = 79.1, cores: int = 96, name: str = "NVIDIA H100 80GB HBM3"
+) -> list[NodeReport]:
+    each = (GPUFacts(name=name, total_gib=memory, free_gib=memory),) * gpus
     return [NodeReport(node=f"n{i}", host=f"h{i}", cores=cores, gpus=each) for i in range(count)]
 
 
@@ -109,6 +111,19 @@ def test_memory_of_a_gpu_and_what_would_fit():
     assert other.level == "fail"
     assert "--parallel.tensor" in other.remedy
     assert layout.check_gpu_memory(smoke(), nodes(1, 8)) == [], "a run on CPUs"
+
+
+def test_fp8_products_want_gpus_that_have_them():
+    run = flamingo_80b()
+    assert layout.check_fp8(run, nodes(1, 8)) == []
+    lm = replace(run.model.lm, weight_storage="fp8", matrix_products="fp8")
+    run = replace(run, model=replace(run.model, lm=lm))
+    (found,) = layout.check_fp8(run, nodes(1, 8))
+    assert found.level == "ok"
+    (found,) = layout.check_fp8(run, nodes(1, 8, name="NVIDIA A100-SXM4-80GB"))
+    assert found.level == "fail"
+    assert "A100-SXM4-80GB has no fp8 matrix units" in found.says
+    assert layout.check_fp8(run, []) == []
 
 
 def test_needs_grow_with_what_they_follow_from():
