@@ -101,7 +101,8 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
         "-m",
         "modes",
     ]
-    profile = ["--networks", "3b", "--pixels", "--compiled", "--profile"]
+    step = ["--fp8", "--contenders", "triton", "IDEFICS", "fp8"]
+    profile = ["--networks", "3b", "--layers", "4", "--pixels", "--compiled", "--profile"]
     profile += ["--contenders", "triton", "compiled"]  # building the network takes ten seconds for each
     if dry:
         small = ["--device", "cpu", "--tiny", "--out", str(folder)]
@@ -143,7 +144,7 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
     return [
         Stage(name="tests", command=[*test, *_tests()], share=0.3 * limit, environment={"KMODE": "cuda"}),
         Stage(name="losses", command=[*bench, "losses", *out], share=0.12 * limit),
-        Stage(name="step", command=[*bench, "step", "--fp8", *out], share=0.12 * limit),
+        Stage(name="step", command=[*bench, "step", *step, *out], share=0.2 * limit),
         Stage(
             name="profile",
             command=[*bench, "step", *profile, *out[:-1], str(folder / "profile")],

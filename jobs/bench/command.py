@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--networks", nargs="+", choices=NETWORKS, default=("3b", "3b-idefics"), help="default: 3b 3b-idefics"
     )
     step.add_argument(
-        "--layers", type=int, help="blocks of a network; default: 4, or one gated block's group"
+        "--layers", type=int, help="blocks of a network; default: all of 3b and 9b, of 80b-tp8 one group of 7"
     )
     step.add_argument("--rows", type=int, default=32, help="samples of the batch; default: 32")
     step.add_argument("--length", type=int, default=256, help="text tokens of a sample; default: 256")

@@ -49,6 +49,8 @@ class Widths:
     """Heads of this GPU."""
     every: int
     """A gated block stands before every n-th block."""
+    layers: int
+    """Blocks that the step benchmark takes: the whole network's, or one gated block's group of what no GPU holds."""
     head_dim: int = 128
     """K."""
     resampler_head: int = 128
@@ -67,22 +69,24 @@ class Widths:
 
 
 PAPER = {
-    "3b": Widths(width=2048, heads=16, every=1),
-    "9b": Widths(width=4096, heads=32, every=4),
-    "80b-tp8": Widths(width=8192, heads=8, every=7, tensor=8),
+    "3b": Widths(width=2048, heads=16, every=1, layers=24),
+    "9b": Widths(width=4096, heads=32, every=4, layers=32),
+    "80b-tp8": Widths(width=8192, heads=8, every=7, layers=7, tensor=8),
 }
 """The paper's sizes; of the 80B what one of eight tensor-parallel GPUs computes."""
 IDEFICS = {
     "3b-idefics": PAPER["3b"],
     "9b-idefics": PAPER["9b"],
-    "smoke-idefics": Widths(width=64, heads=4, every=2, head_dim=16, features=32, image_size=32, vocab=260),
+    "smoke-idefics": Widths(
+        width=64, heads=4, every=2, layers=2, head_dim=16, features=32, image_size=32, vocab=260
+    ),
 }
 """The same as transformers' IDEFICS can be it: SwiGLU, RMSNorm, rotary positions, an untied head."""
 NETWORKS = ("smoke", *PAPER, *IDEFICS)
 
 
 def network(name: str, layers: int | None = None) -> FlamingoConfig:
-    """Return the network `name` (of `NETWORKS`) with `layers` of its blocks; None for one gated block's group.
+    """Return the network `name` (of `NETWORKS`) with `layers` of its blocks; None for those that a benchmark takes.
 
     Raises:
         ValueError: the name is unknown, or IDEFICS cannot have so many blocks.
@@ -92,7 +96,7 @@ def network(name: str, layers: int | None = None) -> FlamingoConfig:
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}: give one of {', '.join(NETWORKS)}.")
     sizes = IDEFICS[name] if name in IDEFICS else PAPER[name]
-    layers = sizes.every if layers is None else layers
+    layers = sizes.layers if layers is None else layers
     if name in IDEFICS and layers % sizes.every:
         raise ValueError(f"{name} with {layers} blocks: give a multiple of {sizes.every}.")
     return _idefics(sizes, layers) if name in IDEFICS else _paper(sizes, layers)

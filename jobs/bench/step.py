@@ -64,7 +64,7 @@ class StepConfig:
     tiny: bool = False
     """The smoke networks in fp32 with a handful of tokens, for a machine without a GPU."""
     layers: int | None = None
-    """Blocks of each network; None for 4, or one group of a gated block where that has more."""
+    """Blocks of each network; None for all of 3B and 9B, and of the 80B one group of a gated block."""
     rows: int = 32
     """Samples of the batch."""
     length: int = 256
@@ -118,11 +118,7 @@ class StepConfig:
 
     def model(self, name: str) -> FlamingoConfig:
         """Return the network `name`, gates open so that what is behind them decides the loss."""
-        group = network(name)
-        layers = self.layers
-        if layers is None:
-            layers = max(4, group.cross_every) if not self.tiny else None
-        found = with_implementation(network(name, layers), "reference", gate_init=0.5)
+        found = with_implementation(network(name, self.layers), "reference", gate_init=0.5)
         return with_encoder(found) if self.pixels and not self.tiny else found
 
 

@@ -193,6 +193,8 @@ def test_networks_are_those_of_the_recipes():
             slices = {field: getattr(theirs, field) // cut for field in names}
             assert replace(theirs, **slices) == getattr(measured, part)
         assert measured.cross_every == whole.cross_every
+        blocks = whole.lm.num_layers if cut == 1 else whole.cross_every
+        assert networks.network(name).lm.num_layers == blocks, "a step is of the whole network where it fits"
     assert set(NETWORKS) == set(networks.NETWORKS) - {"smoke", "smoke-idefics"}
 
 
