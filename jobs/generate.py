@@ -8,22 +8,14 @@ import torch
 
 from data_pipeline.errors import BadSampleError
 from data_pipeline.media import MediaConfig, decode_image, decode_video
-from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.inference.generate import GenerationConfig, generate
 from flamingo_dist.inference.prompt import Prompt, prompt_of_texts
-from flamingo_dist.models.exchange.folder import network_of, read_stated
-from flamingo_dist.models.flamingo import FlamingoConfig
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process, world_device
-from flamingo_dist.training.build import build_model
-from flamingo_dist.training.checkpoint_folder import CheckpointError, find_checkpoint
-from flamingo_dist.training.config import DTYPES
-from flamingo_dist.training.stored_state import load_trainable
 from jobs.encode import media_config
 from jobs.held_out import prompt_ids
+from jobs.inference_source import Source, build_source, open_source
 from jobs.local_ranks import on_local_ranks
-from jobs.network_source import local_folder
-from jobs.network_tokenizer import encoding, further_tokens, read_tokenizer
-from jobs.run_file import load_run_config
+from jobs.network_tokenizer import encoding, further_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,48 +45,6 @@ class GenerateArguments:
     """Processes of this machine, a GPU each where there are GPUs, that share the network by tensor parallelism."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    model: FlamingoConfig
-    tokenizer: TokenizerConfig
-    dtype: torch.dtype
-    seed: int
-    checkpoint: Path | None
-    wrapped: bool = False
-    """Whether the network was trained with an `<EOC>` on either side of an image."""
-
-
-def _source(run: str, wanted: str) -> _Source:
-    """Return what is generated from: a run's checkpoint, or a network folder at any fsspec URL."""
-    stated = read_stated(run)
-    if stated is not None:
-        tokenizer = read_tokenizer(run, stated)
-        if tokenizer is None:
-            raise ValueError(
-                f"{run} holds no tokenizer; export it from a run, or import a folder that has one."
-            )
-        return _Source(
-            model=network_of(stated, run),
-            tokenizer=tokenizer,
-            dtype=DTYPES[stated.get("dtype", "bf16")],
-            seed=0,
-            checkpoint=None,
-            wrapped=stated.get("images_wrapped", False),
-        )
-    folder = local_folder(run)
-    config = load_run_config(folder)
-    path = find_checkpoint(folder / "checkpoints", wanted)
-    if path is None:
-        raise CheckpointError(f"{folder} has no checkpoint.")
-    return _Source(
-        model=config.model,
-        tokenizer=config.data.tokenizer,
-        dtype=config.train.torch_dtype,
-        seed=config.train.seed,
-        checkpoint=path,
-    )
-
-
 def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
     """Return (image path, text) for every image.
 
@@ -104,7 +54,7 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
         RunFailedError: one of several processes ended without an error of its own.
     """
     shots = [_split_shot(text) for text in arguments.shot]
-    source = _source(arguments.run, arguments.checkpoint)
+    source = open_source(arguments.run, arguments.checkpoint)
     media = media_config(source.model.vision)
     shot_frames = [_frames(file, media) for file, _ in shots]
     images = [_frames(file, media) for file in arguments.image]
@@ -135,7 +85,7 @@ def generate_captions(arguments: GenerateArguments) -> list[tuple[str, str]]:
 def _continued(
     topology: Topology,
     parallel: ParallelConfig,
-    source: _Source,
+    source: Source,
     prompt: Prompt,
     media: torch.Tensor,
     settings: GenerationConfig,
@@ -150,9 +100,7 @@ def _continued(
         media: uint8 [N, M, 1, 3, H, W], the shots' and the image.
         settings: how.
     """
-    model = build_model(source.model, parallel, topology, dtype=source.dtype, seed=source.seed)
-    if source.checkpoint is not None:
-        load_trainable(model, source.checkpoint)
+    model = build_source(source, parallel, topology)
     media = media.to(world_device())
     return generate(
         model,

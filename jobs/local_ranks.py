@@ -17,32 +17,37 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
 from jobs.errors import RunFailedError
 
+_PATIENCE = timedelta(hours=4)
+"""How long a rank waits for another, which may have longer texts to write; one that dies ends the others at once."""
 _RESULT, _ERROR, _STORE = "result", "error", "store"
 
 
-def on_local_ranks(function: Callable[..., Any], *arguments: Any, tensor: int) -> Any:
-    """Call `function(topology, *arguments)` on the ranks of a tensor-parallel group and return the first one's result.
+def on_local_ranks(function: Callable[..., Any], *arguments: Any, tensor: int, data: int = 1) -> Any:
+    """Call `function(topology, *arguments)` on every rank of a small world and return the first one's result.
 
     Args:
         function: can be imported by its name.
         arguments: pickled, as is the result.
-        tensor: ranks, each a process of this machine, with a GPU of its own where there are GPUs.
+        tensor: tensor-parallel degree. A rank is a process of this machine, with a GPU of its own where there are GPUs.
+        data: data-parallel degree.
 
     Raises:
         ValueError: there are fewer GPUs.
         RunFailedError: a process ended without an error of its own, as by the kernel when memory runs out.
         Exception: what a rank raised; the others are ended.
     """
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and tensor > gpus:
-        raise ValueError(f"{tensor} tensor-parallel ranks want a GPU each, and this machine has {gpus}.")
+    world, gpus = tensor * data, torch.cuda.device_count()
+    if torch.cuda.is_available() and world > gpus:
+        raise ValueError(
+            f"{tensor} tensor-parallel x {data} data-parallel ranks want a GPU each, and this machine has {gpus}."
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # CUDA does not survive a fork of this process; the server has not touched it.
         ranks = start_processes(
             _rank,
-            args=(function, arguments, tensor, folder),
-            nprocs=tensor,
+            args=(function, arguments, world, tensor, folder),
+            nprocs=world,
             start_method="forkserver",
             join=False,
         )
@@ -69,7 +74,12 @@ def _reason(codes: Sequence[int | None], folder: Path, failed: Exception) -> Bas
 
 
 def _rank(
-    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], tensor: int, folder: Path
+    rank: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    world: int,
+    tensor: int,
+    folder: Path,
 ) -> None:
     """Be one rank; the first writes its result, and whoever fails first its error."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron wants it under tensor parallelism
@@ -78,16 +88,16 @@ def _rank(
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // tensor))
+        torch.set_num_threads(max(1, torch.get_num_threads() // world))
     dist.init_process_group(
         backend,
         init_method=f"file://{folder / _STORE}",
         rank=rank,
-        world_size=tensor,
-        timeout=timedelta(minutes=30),
+        world_size=world,
+        timeout=_PATIENCE,
     )
-    topology = Topology(world=tensor, rank=rank, tensor=tensor)
-    init_groups(topology)
+    topology = Topology(world=world, rank=rank, tensor=tensor)
+    init_groups(topology, timeout_seconds=int(_PATIENCE.total_seconds()))
     try:
         found = function(topology, *arguments)
     except Exception as error:

@@ -65,10 +65,11 @@ def generate(
     model: Forward,
     prompt_tokens: Sequence[Sequence[int]],
     media_index: Sequence[Sequence[int]],
-    media: Tensor,
+    media: Tensor | None,
     media_mask: Tensor,
     config: GenerationConfig,
     *,
+    latents_NMRE: Tensor | None = None,
     all_done: AllDone = alone,
 ) -> list[list[int]]:
     """Continue each prompt until a stop id or the length limit.
@@ -83,9 +84,10 @@ def generate(
             (repeats allowed).
         prompt_tokens: Token ids of N prompts, of any lengths, at least one token each.
         media_index: phi for each prompt token, of the same lengths.
-        media: [N, M, F, ...], as in a batch, on the model's device.
+        media: [N, M, F, ...], as in a batch, on the model's device; None where latents are given.
         media_mask: bool [N, M], which slots hold a real medium.
         config: How texts are generated.
+        latents_NMRE: Instead of the media, what the model made of them in an earlier call, [N, M, R, E].
         all_done: Logical AND over the ranks that must stay in step.
 
     Returns:
@@ -94,7 +96,11 @@ def generate(
     Raises:
         ValueError: No prompts, an empty prompt, or arguments whose lengths do not match.
     """
-    _check(prompt_tokens, media_index, media, media_mask)
+    if (media is None) == (latents_NMRE is None):
+        raise ValueError("generate() takes either media or latents_NMRE; pass None for the other.")
+    shown = media if latents_NMRE is None else latents_NMRE
+    assert shown is not None, "one of the two was given"
+    _check(prompt_tokens, media_index, shown, media_mask)
     turns = _turns(prompt_tokens, config.batch_size)
     texts: list[list[int]] = [[] for _ in prompt_tokens]
     with evaluating(model):
@@ -102,12 +108,15 @@ def generate(
         while not all_done(turn >= len(turns)):
             idle = turn >= len(turns)
             rows = turns[min(turn, len(turns) - 1)]
-            tokens_NT = torch.tensor([list(prompt_tokens[row]) for row in rows], device=media.device)
+            tokens_NT = torch.tensor([list(prompt_tokens[row]) for row in rows], device=shown.device)
             index_NT = torch.tensor(
-                [list(media_index[row]) for row in rows], device=media.device, dtype=torch.int32
+                [list(media_index[row]) for row in rows], device=shown.device, dtype=torch.int32
             )
             feed = _Feed(model, tokens_NT, index_NT, media_mask[rows], config)
-            found = _run_turn(feed, media[rows], len(rows), config, idle=idle, all_done=all_done)
+            logits_NV = feed.start(
+                None if media is None else media[rows], None if latents_NMRE is None else latents_NMRE[rows]
+            )
+            found = _run_turn(feed, logits_NV, len(rows), config, idle=idle, all_done=all_done)
             if not idle:
                 for row, text in zip(rows, found, strict=True):
                     texts[row] = text
@@ -116,11 +125,20 @@ def generate(
 
 
 def _run_turn(
-    feed: "_Feed", media: Tensor, sequences: int, config: GenerationConfig, *, idle: bool, all_done: AllDone
+    feed: "_Feed",
+    logits_NV: Tensor,
+    sequences: int,
+    config: GenerationConfig,
+    *,
+    idle: bool,
+    all_done: AllDone,
 ) -> list[list[int]]:
-    """Generate for one group of prompts of equal length; an idle rank only keeps the others company."""
+    """Generate for one group of prompts of equal length, after which the logits are given.
+
+    An idle rank only keeps the others company.
+    """
     search = _new_search(sequences, config)
-    rows_K, next_K = search.advance(feed.start(media))
+    rows_K, next_K = search.advance(logits_NV)
     while not all_done(idle or search.done):
         rows_K, next_K = search.advance(feed.extend(rows_K, next_K))
     return search.results()
@@ -164,9 +182,16 @@ class _Feed:
         self._cache = _new_cache(model, config)
         self._latents_NMRE: Tensor | None = None
 
-    def start(self, media: Tensor) -> Tensor:
-        """Run the prompts with their media [N, M, F, ...]; return the logits [N, V] after the last token."""
-        output = self._model(self._tokens_NT, self._index_NT, media, self._media_mask_NM, cache=self._cache)
+    def start(self, media: Tensor | None, latents_NMRE: Tensor | None) -> Tensor:
+        """Run the prompts with media [N, M, F, ...] or latents; return the logits [N, V] after the last token."""
+        output = self._model(
+            self._tokens_NT,
+            self._index_NT,
+            media,
+            self._media_mask_NM,
+            latents_BMRE=latents_NMRE,
+            cache=self._cache,
+        )
         self._latents_NMRE = output.latents_BMRE
         return self._last(output.logits_BTV)
 

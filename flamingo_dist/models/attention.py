@@ -50,6 +50,24 @@ class KeyValueCache:
                 media.k_BMRHK, media.v_BMRHK = media.k_BMRHK[rows_B], media.v_BMRHK[rows_B]
 
 
+    def fork(self, row: int, copies: int) -> "KeyValueCache":
+        """Return a cache of `copies` rows that each continue row `row` of this one, which stays as it is.
+
+        The rows share their memory until they are extended.
+        """
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor[row : row + 1].expand(copies, *tensor.shape[1:])
+
+        forked = KeyValueCache()
+        forked.length, forked.distances = self.length, dict(self.distances)
+        forked.entries = {i: (spread(k), spread(v)) for i, (k, v) in self.entries.items()}
+        for i, media in self.media.items():
+            if media.k_BMRHK is not None and media.v_BMRHK is not None:
+                forked.media[i] = MediaKV(k_BMRHK=spread(media.k_BMRHK), v_BMRHK=spread(media.v_BMRHK))
+        return forked
+
+
 class CausalAttention(nn.Module):
     """Causal self-attention core on `scaled_dot_product_attention`, with grouped queries.
 

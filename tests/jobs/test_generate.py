@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from flamingo_dist.training import build
-from jobs import generate
+from jobs import generate, inference_source
 from tests.jobs.exchange.test_export import run  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.distributed
@@ -20,7 +20,7 @@ def test_images_go_where_the_network_is(run, tmp_path):  # noqa: F811 - the fixt
     with (
         patch.object(build, "world_device", lambda: elsewhere),
         patch.object(generate, "world_device", lambda: elsewhere),
-        patch.object(generate, "load_trainable"),
+        patch.object(inference_source, "load_trainable"),
         patch.object(generate, "generate", return_value=[[1]]) as called,
     ):
         arguments = generate.GenerateArguments(run=str(run[0]), image=(str(tmp_path / "query.png"),))
