@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `data`, `bench`, `plan`, `dryrun`, `doctor`, `export`, ..."""
+"""The command line: `flamingo train`, `demo`, `generate`, `evaluate`, `data`, `bench`, `plan`, `dryrun`, `doctor`, `export`, ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +47,11 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return generate(arguments)
 
+    def evaluate(arguments: list[str]) -> int:
+        from jobs.evaluate.command import command
+
+        return command(arguments)
+
     def data(arguments: list[str]) -> int:
         from jobs.data_commands import data
 
@@ -94,6 +99,7 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         ),
         "demo": (demo, "fetch real data, train on it and write a report"),
         "generate": (generate, "caption images from a few-shot prompt with a trained run"),
+        "evaluate": (evaluate, "few-shot captions, answers and classes of a network, scored"),
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),

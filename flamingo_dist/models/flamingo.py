@@ -324,7 +324,7 @@ class Flamingo(nn.Module):
         if slots_N.numel() == 0:
             slots_N = slots_N.new_zeros(1)
         chosen = media.flatten(0, 1).index_select(0, slots_N)
-        features_NFSC = self._encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
+        features_NFSC = self.encode_pixels(chosen) if chosen.dtype == torch.uint8 else chosen
         # By the same name: the encoder's fp32 features would else stand beside all that the resampler keeps.
         features_NFSC = features_NFSC.to(self.dtype)
         with part("resampler"):
@@ -336,8 +336,8 @@ class Flamingo(nn.Module):
         return full.index_copy(0, slots_N, latents_NRE).unflatten(0, (batch, num_media))
 
     @torch.no_grad()
-    def _encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
-        """Return features [N, F, S, C] of uint8 frames, encoded `vision_batch` at a time.
+    def encode_pixels(self, pixels_NF3HW: Tensor) -> Tensor:
+        """Return features [N, F, S, C] of uint8 frames [N, F, 3, H, W], encoded `vision_batch` at a time.
 
         Without a graph, so that nothing of the encoder is kept for the backward.
         """

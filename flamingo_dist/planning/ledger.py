@@ -35,7 +35,7 @@ DEVICE = torch.ops.prim.device.default
 # the file that are not named.
 SITES: dict[str, dict[str, str]] = {
     "flamingo_dist/models/vision/base.py": {"forward": "vision_work"},
-    "flamingo_dist/models/flamingo.py": {"_encode_pixels": "vision_work", "_nll": "logits"},
+    "flamingo_dist/models/flamingo.py": {"encode_pixels": "vision_work", "_nll": "logits"},
     "deepspeed/runtime/zero/partition_parameters.py": {"": "gather_buffers"},
     "deepspeed/runtime/zero/stage3.py": {"": "reduce_buckets", "step": "update", "backward": "backward"},
     "deepspeed/runtime/zero/stage_1_and_2.py": {

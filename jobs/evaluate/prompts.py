@@ -1,0 +1,143 @@
+"""What each query is asked: its demonstrations, its prompt and the media that it shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.tokenizer import Tokenizer
+from flamingo_dist.evaluation.demonstrations import drawn, nearest, shuffles
+from flamingo_dist.inference.prompt import (
+    Prompt,
+    PromptIds,
+    PromptTemplate,
+    answer_tokens,
+    few_shot_prompt,
+    zero_shot_prompt,
+)
+from flamingo_dist.models.lm_config import LMConfig
+from jobs.evaluate.examples import Example
+from jobs.evaluate.media import MediaStore, place_of
+from jobs.evaluate.settings import EvaluateArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One query with a number of shots."""
+
+    query: Example
+    """The query."""
+    demonstrations: tuple[Example, ...]
+    """What its prompt shows before it, in order."""
+    prompts: tuple[Prompt, ...]
+    """One, or several of equal length with the demonstrations in other orders."""
+    media: tuple[tuple[str, ...], ...]
+    """For each prompt the media of the store that it shows, in order."""
+
+
+class Prompter:
+    """Makes the prompts of an evaluation; equal for equal keys, whatever rank or batch asks."""
+
+    def __init__(
+        self, arguments: EvaluateArguments, tokenizer: Tokenizer, ids: PromptIds, lm: LMConfig
+    ) -> None:
+        """Hold what prompts are made of."""
+        self.arguments, self.tokenizer, self.ids, self.lm = arguments, tokenizer, ids, lm
+        self._answers: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    @property
+    def template(self) -> PromptTemplate:
+        """Text around an answer."""
+        return self.arguments.template
+
+    def ask(self, query: Example, shots: int, support: Sequence[Example], store: MediaStore) -> Asked:
+        """Return the prompt of a query with so many shots.
+
+        Raises:
+            ValueError: a template's field is in no example, or the support set is too small.
+        """
+        keys = [example.key for example in support]
+        text_shots = self.arguments.text_shots if shots == 0 else 0
+        most = shots or text_shots
+        if self.arguments.select == "rices" and shots:
+            pooled_NC = store.pooled_NC[[store.row[place_of(example)] for example in support]]
+            query_C = store.pooled_NC[store.row[place_of(query)]]
+            chosen = nearest(query.key, query_C, keys, pooled_NC, most=most)
+        else:
+            chosen = drawn(query.key, keys, seed=self.arguments.seed)[:most]
+        if len(chosen) < most:
+            raise ValueError(
+                f"{most} demonstrations of query {query.key}: the support set has {len(chosen)} readable examples beside "
+                "the query itself; ask for fewer --shots, or give more --support."
+            )
+        shown = [support[place] for place in chosen]
+        if text_shots:
+            return self._asked(query, shown, [[]], text_only=True)
+        orders = shuffles(query.key, shots, self.arguments.orders, seed=self.arguments.seed)
+        return self._asked(query, shown, [[shown[place] for place in order] for order in orders])
+
+    def _asked(
+        self,
+        query: Example,
+        shown: Sequence[Example],
+        orders: Sequence[Sequence[Example]],
+        *,
+        text_only: bool = False,
+    ) -> Asked:
+        """Make the prompts, one for each order; text-only examples show no media."""
+        make = zero_shot_prompt if text_only else few_shot_prompt
+        try:
+            prompts = tuple(
+                make(
+                    [example.fields for example in (shown if text_only else order)],
+                    query.fields,
+                    ids=self.ids,
+                    encode=self.tokenizer.encode,
+                    template=self.template,
+                )
+                for order in orders
+            )
+        except (KeyError, IndexError) as error:
+            known = sorted(set(query.fields).intersection(*(example.fields for example in shown)))
+            raise ValueError(
+                f"the prompt {self.template.shot!r} wants the field {error}, and the example {query.key} or one of its "
+                f"demonstrations lacks it; all have {known}. Write a literal brace twice."
+            ) from error
+        media = tuple(tuple(place_of(example) for example in (*order, query)) for order in orders)
+        return Asked(query=query, demonstrations=tuple(shown), prompts=prompts, media=media)
+
+    def answers(self, query: Example, names: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the tokens that continue a query's prompt with each name, closed by `<EOC>`."""
+        opening = self.template.query.format(**query.fields)
+        return [self._answer(query.fields, opening, name) for name in names]
+
+    def _answer(self, fields: Mapping[str, str], opening: str, name: str) -> tuple[int, ...]:
+        found = self._answers.get((opening, name))
+        if found is None:
+            found = self._answers[opening, name] = answer_tokens(
+                {**fields, "label": name},
+                ids=self.ids,
+                encode=self.tokenizer.encode,
+                template=self.template,
+            )
+        return found
+
+    def check_length(self, asked: Asked, names: Sequence[str]) -> None:
+        """Refuse a prompt that leaves no room for its answer.
+
+        Raises:
+            ValueError: says how many tokens there are, and may be.
+        """
+        table = self.lm.max_positions if self.lm.positions == "learned" else 0
+        limits = [limit for limit in (table, self.arguments.context) if limit]
+        if not limits:
+            return
+        if self.arguments.is_open_ended:
+            longest = self.arguments.new_tokens
+        else:
+            longest = max(map(len, self.answers(asked.query, names)))
+        tokens = len(asked.prompts[0].tokens)
+        if tokens + longest > min(limits):
+            raise ValueError(
+                f"query {asked.query.key} with {len(asked.demonstrations)} demonstrations has a prompt of {tokens} tokens, "
+                f"{tokens + longest} with its answer, and {min(limits)} are allowed "
+                f"({'the table of learned positions' if min(limits) == table else '--context'}): ask for fewer --shots."
+            )
