@@ -1,4 +1,4 @@
-"""The command line: `flamingo train`, `demo`, `generate`, `evaluate`, `data`, `bench`, `plan`, `dryrun`, `doctor`, `export`, ..."""
+"""The command line: `flamingo train`, `demo`, `generate`, `evaluate`, `data`, `bench`, `plan`, ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -30,8 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
+_Commands = dict[str, tuple[Callable[[list[str]], int], str]]
+
+
+def _commands() -> _Commands:
     # Each command imports its own room: `flamingo --help` should not wait for torch.
+    return {**_commands_on_networks(), **_other_commands()}
+
+
+def _commands_on_networks() -> _Commands:
     def train(arguments: list[str]) -> int:
         from jobs.commands import train
 
@@ -52,6 +59,33 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
 
         return command(arguments)
 
+    def export(arguments: list[str]) -> int:
+        from jobs.exchange import export_command
+
+        return export_command(arguments)
+
+    def import_(arguments: list[str]) -> int:
+        from jobs.exchange import import_command
+
+        return import_command(arguments)
+
+    return {
+        "train": (
+            train,
+            "train a recipe: flamingo train RECIPE [--print-config] [--resume latest] [overrides]",
+        ),
+        "demo": (demo, "fetch real data, train on it and write a report"),
+        "generate": (generate, "caption images from a few-shot prompt with a trained run"),
+        "evaluate": (evaluate, "score few-shot captions, answers or classes of a trained run"),
+        "export": (
+            export,
+            "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]",
+        ),
+        "import": (import_, "read an IDEFICS or OpenFlamingo checkpoint: flamingo import SOURCE FOLDER"),
+    }
+
+
+def _other_commands() -> _Commands:
     def data(arguments: list[str]) -> int:
         from jobs.data_commands import data
 
@@ -66,16 +100,6 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         from jobs.plan import plan
 
         return plan(arguments)
-
-    def export(arguments: list[str]) -> int:
-        from jobs.exchange import export_command
-
-        return export_command(arguments)
-
-    def import_(arguments: list[str]) -> int:
-        from jobs.exchange import import_command
-
-        return import_command(arguments)
 
     def dryrun(arguments: list[str]) -> int:
         from jobs.dryrun import dryrun
@@ -93,21 +117,9 @@ def _commands() -> dict[str, tuple[Callable[[list[str]], int], str]]:
         return recipes(arguments)
 
     return {
-        "train": (
-            train,
-            "train a recipe: flamingo train RECIPE [--print-config] [--resume latest] [overrides]",
-        ),
-        "demo": (demo, "fetch real data, train on it and write a report"),
-        "generate": (generate, "caption images from a few-shot prompt with a trained run"),
-        "evaluate": (evaluate, "few-shot captions, answers and classes of a network, scored"),
         "data": (data, "build, look at and sum up corpora: flamingo data build|inspect|info|bench"),
         "bench": (bench, "time the kernels against baselines; without a GPU, print the roofline"),
         "plan": (plan, "predict memory, time and layouts: flamingo plan RECIPE --gpus 256 --gpu h100"),
-        "export": (
-            export,
-            "write a trained network as safetensors: flamingo export RUN FOLDER [--to idefics]",
-        ),
-        "import": (import_, "read an IDEFICS or OpenFlamingo checkpoint: flamingo import SOURCE FOLDER"),
         "dryrun": (
             dryrun,
             "build and step one rank with fake tensors: flamingo dryrun RECIPE --world 256 --tp 8",

@@ -1,44 +1,42 @@
 """Accuracy of short answers: VQA accuracy with the official normalisation, and exact match.
 
-Rules of https://visualqa.org/evaluation.html as the official code has them, oddities included: figures are compared with
-those of others, which come from that code.
+Rules of https://visualqa.org/evaluation.html as the official code has them, oddities included: figures are compared
+with those of others, which come from that code.
 """
 
 import re
 from collections.abc import Sequence
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_DIGITS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS.split())} | {"none": "0"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32
 """The official code passes a flag of this value where the number of replacements belongs."""
 
 _BARE = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd "
-    "it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll "
-    "somebody's someone'd someone's something'd something'll that's there'd there're there's they'd they'll "
-    "they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd "
-    "who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-).split()
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
+    "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
+    "there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've "
+    "when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all "
+    "you'd you'll you're you've"
+)
 """Contractions that are known without any apostrophe."""
 _DOUBLE = (
-    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've "
-    "there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"
-).split()
+    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've "
+    "something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"
+)
 """Contractions that are known with one of their two apostrophes."""
 _CONTRACTIONS = {
-    **{word.replace("'", ""): word for word in _BARE},
-    **{"".join(word.rsplit("'", 1)): word for word in _DOUBLE},
-    **{word.replace("'", "", 1): word for word in _DOUBLE},
+    **{word.replace("'", ""): word for word in _BARE.split()},
+    **{"".join(word.rsplit("'", 1)): word for word in _DOUBLE.split()},
+    **{word.replace("'", "", 1): word for word in _DOUBLE.split()},
     **dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at"),
     **dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've"),
     "somebody'd": "somebodyd",
-    "someonell": "someone'll",
 }
 
 

@@ -15,12 +15,14 @@ _Vector: TypeAlias = tuple[dict[_NGram, float], ...]
 """tf-idf weights of a caption's n-grams, by n."""
 
 
-def cider_scores(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+def cider_scores(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[float]:
     """Score one generated caption an image against people's; CIDEr is the mean, tables show it x 100.
 
     n-grams are weighed by how few images' references hold them, so a score depends on all the images. What
-    pycocoevalcap does besides is kept, that figures may be compared: lengths are counted in pairs of words, and an n-gram
-    of no reference weighs as one of a single image.
+    pycocoevalcap does besides is kept, that figures may be compared: lengths are counted in pairs of words, and an
+    n-gram of no reference weighs as one of a single image.
 
     Args:
         captions: tokens of the generated caption of each image (`caption_tokens`).
@@ -73,7 +75,9 @@ def _score(
     return 10.0 * total / len(references)
 
 
-def _weigh(counts: Counter[_NGram], images_with: Mapping[_NGram, int], log_images: float) -> tuple[_Vector, int]:
+def _weigh(
+    counts: Counter[_NGram], images_with: Mapping[_NGram, int], log_images: float
+) -> tuple[_Vector, int]:
     """Return tf-idf weights by n, and the length in pairs of words."""
     vector: _Vector = tuple({} for _ in range(_ORDERS))
     for n_gram, count in counts.items():
@@ -84,6 +88,8 @@ def _weigh(counts: Counter[_NGram], images_with: Mapping[_NGram, int], log_image
 
 def _clipped_cosine(own: Mapping[_NGram, float], theirs: Mapping[_NGram, float]) -> float:
     """Return the cosine, to which an n-gram adds no more than the reference's own weight."""
-    product = sum(min(weight, theirs.get(n_gram, 0.0)) * theirs.get(n_gram, 0.0) for n_gram, weight in own.items())
+    product = sum(
+        min(weight, theirs.get(n_gram, 0.0)) * theirs.get(n_gram, 0.0) for n_gram, weight in own.items()
+    )
     norms = math.sqrt(sum(w * w for w in own.values()) * sum(w * w for w in theirs.values()))
     return product / norms if norms else 0.0

@@ -1,4 +1,4 @@
-"""Close-ended evaluation of long prompts: a prompt's keys and values are computed once, and every answer continues them.
+"""Close-ended evaluation of long prompts: keys and values are computed once, and every answer continues them.
 
 `candidates.score_candidates` runs the prompt again with each answer. With 32 examples before a query and a thousand
 class names that is a thousand times the work of the prompt; here it is done once.
@@ -43,8 +43,8 @@ def score_continuations(
     config = config or CandidateConfig()
     if len({len(prompt.tokens) for prompt in prompts}) != 1 or not answers or not all(answers):
         raise ValueError(
-            f"score_continuations() got prompts of {sorted(len(prompt.tokens) for prompt in prompts)} tokens and answers "
-            f"of {sorted(map(len, answers))}: prompts must have one length, and every answer a token."
+            f"score_continuations() got prompts of {sorted(len(prompt.tokens) for prompt in prompts)} tokens and "
+            f"answers of {sorted(map(len, answers))}: prompts must have one length, and every answer a token."
         )
     # Neighbours of like length share a call: right-padding is work thrown away.
     order = sorted(range(len(answers)), key=lambda place: len(answers[place]))

@@ -76,9 +76,7 @@ def roc_auc(scores_N: np.ndarray, positive_N: np.ndarray) -> float:
         return float("nan")
     _, inverse, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
     ranks_N = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float(
-        (ranks_N[positive_N].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-    )
+    return float((ranks_N[positive_N].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def _figure(
@@ -93,6 +91,4 @@ def _figure(
         raise ValueError(f"{metric} needs queries of both classes; all {count} are of one.")
     found = np.array([of_rows(random.integers(count, size=count)) for _ in range(resamples)])
     low, high = np.nanpercentile(found, [2.5, 97.5]) if resamples else (value, value)
-    return Figure(
-        metric=metric, value=100 * value, low=100 * float(low), high=100 * float(high), count=count
-    )
+    return Figure(metric=metric, value=100 * value, low=100 * float(low), high=100 * float(high), count=count)

@@ -49,7 +49,6 @@ class KeyValueCache:
             if media.k_BMRHK is not None and media.v_BMRHK is not None:
                 media.k_BMRHK, media.v_BMRHK = media.k_BMRHK[rows_B], media.v_BMRHK[rows_B]
 
-
     def fork(self, row: int, copies: int) -> "KeyValueCache":
         """Return a cache of `copies` rows that each continue row `row` of this one, which stays as it is.
 

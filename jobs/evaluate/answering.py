@@ -46,7 +46,7 @@ class Work:
 def answer_share(topology: Topology, work: Work) -> list[Skip]:
     """Answer this data-parallel rank's share of the queries, into `answers_file`.
 
-    Data-parallel ranks hold whole networks, so that they need not keep step: they meet once, when all media are encoded.
+    Data-parallel ranks hold whole networks, so they need not keep step: they meet once, when all media are encoded.
 
     Args:
         topology: this process's place; the groups are initialised.
@@ -120,9 +120,7 @@ class _Answering:
     def __init__(self, model: Flamingo, prompter: Prompter, store: MediaStore, work: Work) -> None:
         self.model, self.prompter, self.store, self.work = model, prompter, store, work
         arguments, ids = work.arguments, prompter.ids
-        self.candidates = CandidateConfig(
-            rows=_ROWS, queries=arguments.batch, normalise=arguments.normalise
-        )
+        self.candidates = CandidateConfig(rows=_ROWS, queries=arguments.batch, normalise=arguments.normalise)
         self.generation = None
         if arguments.is_open_ended:
             self.generation = GenerationConfig(

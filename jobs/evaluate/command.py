@@ -41,9 +41,7 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
     names = shared_classes(arguments, examples)
     _check_support(arguments, examples)
     with tempfile.TemporaryDirectory(prefix="flamingo-evaluate-") as scratch:
-        work = Work(
-            arguments=arguments, source=source, examples=examples, names=names, folder=Path(scratch)
-        )
+        work = Work(arguments=arguments, source=source, examples=examples, names=names, folder=Path(scratch))
         bad = run_work(work)
         lines = [
             json.loads(line)
@@ -55,7 +53,7 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
         outcome,
         arguments,
         commit=commit(),
-        checkpoint=source.checkpoint and str(source.checkpoint),
+        checkpoint=None if source.checkpoint is None else str(source.checkpoint),
         queries=len(examples.queries),
     )
     return outcome
@@ -67,9 +65,7 @@ def run_work(work: Work) -> list[Skip]:
     if arguments.data * arguments.tensor == 1:
         with single_process() as topology:
             return answer_share(topology, work)
-    found: list[Skip] = on_local_ranks(
-        answer_share, work, tensor=arguments.tensor, data=arguments.data
-    )
+    found: list[Skip] = on_local_ranks(answer_share, work, tensor=arguments.tensor, data=arguments.data)
     return found
 
 
@@ -106,7 +102,9 @@ def _folder(arguments: EvaluateArguments) -> Path:
     if arguments.out:
         return Path(arguments.out)
     if "://" in arguments.run:
-        raise ValueError(f"{arguments.run} is no folder of this machine: say by --out where results are written.")
+        raise ValueError(
+            f"{arguments.run} is no folder of this machine: say by --out where results are written."
+        )
     settings = asdict(arguments)
     for without_effect in ("batch", "data", "tensor", "out"):
         del settings[without_effect]

@@ -127,15 +127,19 @@ def shared_classes(arguments: EvaluateArguments, examples: Examples) -> tuple[st
     data = {example.answers[0] for example in (*examples.support, *sharing)}
     names = examples.names or tuple(sorted(data))
     if len(names) < 2:
-        raise ValueError(f"the data hold one class name, {names[0]!r}: give --classes, a file with all names.")
+        raise ValueError(
+            f"the data hold one class name, {names[0]!r}: give --classes, a file with all names."
+        )
     unknown = next((query for query in sharing if query.answers[0] not in names), None)
     if unknown is not None:
         raise ValueError(
-            f"query {unknown.key} is {unknown.answers[0]!r}, which {arguments.classes} lacks; add it there, or correct the "
-            "data."
+            f"query {unknown.key} is {unknown.answers[0]!r}, which {arguments.classes} lacks; add it there, or "
+            "correct the data."
         )
     if arguments.positive and (len(names) != 2 or arguments.positive not in names):
-        raise ValueError(f"--positive {arguments.positive!r}: ROC AUC is of one of two classes, and there are {names[:5]}.")
+        raise ValueError(
+            f"--positive {arguments.positive!r}: ROC AUC is of one of two classes, and there are {names[:5]}."
+        )
     return names
 
 
@@ -179,7 +183,9 @@ def _read(
 ) -> Example:
     key, record, (url, size) = place
     medium = next((extension for extension in _MEDIA if extension in record.members), None)
-    texts = {extension: record.members[extension] for extension in _TEXT_MEMBERS if extension in record.members}
+    texts = {
+        extension: record.members[extension] for extension in _TEXT_MEMBERS if extension in record.members
+    }
     try:
         if medium is None:
             raise BadSampleError("missing member", f"no image, video or .npy among {sorted(record.members)}")

@@ -65,8 +65,8 @@ class Prompter:
             chosen = drawn(query.key, keys, seed=self.arguments.seed)[:most]
         if len(chosen) < most:
             raise ValueError(
-                f"{most} demonstrations of query {query.key}: the support set has {len(chosen)} readable examples beside "
-                "the query itself; ask for fewer --shots, or give more --support."
+                f"{most} demonstrations of query {query.key}: the support set has {len(chosen)} readable examples "
+                "beside the query itself; ask for fewer --shots, or give more --support."
             )
         shown = [support[place] for place in chosen]
         if text_shots:
@@ -137,7 +137,7 @@ class Prompter:
         tokens = len(asked.prompts[0].tokens)
         if tokens + longest > min(limits):
             raise ValueError(
-                f"query {asked.query.key} with {len(asked.demonstrations)} demonstrations has a prompt of {tokens} tokens, "
-                f"{tokens + longest} with its answer, and {min(limits)} are allowed "
+                f"query {asked.query.key} with {len(asked.demonstrations)} demonstrations has a prompt of {tokens} "
+                f"tokens, {tokens + longest} with its answer, and {min(limits)} are allowed "
                 f"({'the table of learned positions' if min(limits) == table else '--context'}): ask for fewer --shots."
             )

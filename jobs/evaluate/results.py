@@ -98,7 +98,12 @@ def _is_first(scores: Mapping[str, float], right: str) -> bool:
 
 
 def write_outcome(
-    outcome: Outcome, arguments: EvaluateArguments, *, commit: str | None, checkpoint: str | None, queries: int
+    outcome: Outcome,
+    arguments: EvaluateArguments,
+    *,
+    commit: str | None,
+    checkpoint: str | None,
+    queries: int,
 ) -> None:
     """Write the predictions and, last, the result that makes them whole.
 
@@ -118,9 +123,13 @@ def write_outcome(
         "support": outcome.support,
         "queries": queries,
         "results": [
-            {"shots": shots, **asdict(figure)} for shots, figures in outcome.figures.items() for figure in figures
+            {"shots": shots, **asdict(figure)}
+            for shots, figures in outcome.figures.items()
+            for figure in figures
         ],
-        "left_out": [{"key": s.key, "shard": s.shard, "cause": s.cause, "detail": s.detail} for s in outcome.left_out],
+        "left_out": [
+            {"key": s.key, "shard": s.shard, "cause": s.cause, "detail": s.detail} for s in outcome.left_out
+        ],
         "predictions": PREDICTIONS,
     }
     write_whole(outcome.folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode())

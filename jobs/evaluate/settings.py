@@ -102,11 +102,13 @@ class EvaluateArguments:
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {lowest} or more.")
         if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
-            raise ValueError(f"--shots {list(self.shots)}: give different numbers from 0, such as 0 4 8 16 32.")
+            raise ValueError(
+                f"--shots {list(self.shots)}: give different numbers from 0, such as 0 4 8 16 32."
+            )
         if bool(self.shot_prompt) != bool(self.query_prompt):
             raise ValueError(
-                f"--shot-prompt {self.shot_prompt!r} with --query-prompt {self.query_prompt!r}: give both, or neither for "
-                "the paper's."
+                f"--shot-prompt {self.shot_prompt!r} with --query-prompt {self.query_prompt!r}: give both, or neither "
+                "for the paper's."
             )
         self._check_classification()
 
