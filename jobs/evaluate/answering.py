@@ -1,7 +1,7 @@
 """One process of an evaluation: encode a share of the media, answer a share of the queries, write what was answered."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,23 @@ def answer_share(topology: Topology, work: Work) -> list[Skip]:
     support, queries = without(examples.support, bad), without(examples.queries, bad)
     tokenizer = work.source.tokenizer.load()
     ids = prompt_ids(tokenizer, config.lm, wrapped=work.source.wrapped)
-    prompter = Prompter(arguments, tokenizer, ids, config.lm)
+    prompter = Prompter(arguments, tokenizer, ids, config.lm, support=support, store=store)
     mine = queries[topology.data_rank :: topology.data]
-    asked = {
-        shots: [prompter.ask(query, shots, support, store) for query in mine] for shots in arguments.shots
-    }
-    for each in (each for found in asked.values() for each in found):
-        prompter.check_length(each, each.query.choices or work.names)
+    # All prompts once, before the first is answered: one that cannot be asked should not cost hours.
+    lengths = {shots: [_checked(prompter, work, query, shots) for query in mine] for shots in arguments.shots}
     answering = _Answering(model, prompter, store, work)
     with answers_file(work.folder, topology.data_rank, peer=topology.tensor_rank).open("w") as file:
-        for shots, found in asked.items():
-            for line in answering.answer(found):
+        for shots, found in lengths.items():
+            for line in answering.answer(shots, dict(zip(mine, found, strict=True))):
                 file.write(json.dumps({"shots": shots, **line}, ensure_ascii=False) + "\n")
     return list(bad.values())
+
+
+def _checked(prompter: Prompter, work: Work, query: Example, shots: int) -> int:
+    """Return the tokens of a query's prompt, or refuse it."""
+    asked = prompter.ask(query, shots)
+    prompter.check_length(asked, query.choices or work.names)
+    return len(asked.prompts[0].tokens)
 
 
 def answers_file(folder: Path, data_rank: int, *, peer: int = 0) -> Path:
@@ -132,13 +136,14 @@ class _Answering:
                 batch_size=arguments.batch,
             )
 
-    def answer(self, asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
-        """Give one line for each query, in any order."""
+    def answer(self, shots: int, lengths: Mapping[Example, int]) -> Iterator[dict[str, Any]]:
+        """Give one line for each query, in any order; `lengths` has the tokens of their prompts."""
         if self.generation is None:
-            yield from map(self._choose, asked)
+            for query in lengths:
+                yield self._choose(self.prompter.ask(query, shots))
             return
-        for group in _alike(asked, self.work.arguments.batch):
-            yield from self._write(group, self.generation)
+        for group in _alike(lengths, self.work.arguments.batch):
+            yield from self._write([self.prompter.ask(query, shots) for query in group], self.generation)
 
     def _write(self, group: Sequence[Asked], config: GenerationConfig) -> Iterator[dict[str, Any]]:
         """Generate the answers of prompts of equal length."""
@@ -185,10 +190,10 @@ def _line(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _alike(asked: Sequence[Asked], most: int) -> Iterator[list[Asked]]:
+def _alike(lengths: Mapping[Example, int], most: int) -> Iterator[list[Example]]:
     """Group queries whose prompts are of equal length, at most so many."""
-    by_length: dict[int, list[Asked]] = {}
-    for each in asked:
-        by_length.setdefault(len(each.prompts[0].tokens), []).append(each)
+    by_length: dict[int, list[Example]] = {}
+    for query, length in lengths.items():
+        by_length.setdefault(length, []).append(query)
     for _, alike in sorted(by_length.items()):
         yield from (alike[first : first + most] for first in range(0, len(alike), most))

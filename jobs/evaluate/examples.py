@@ -24,7 +24,7 @@ _MAX_TEXT_BYTES = 8 << 20
 _THREADS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
     """One example: a query, or one that demonstrations may show."""
 

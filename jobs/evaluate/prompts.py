@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from data_pipeline.tokenizer import Tokenizer
 from flamingo_dist.evaluation.demonstrations import drawn, nearest, shuffles
 from flamingo_dist.inference.prompt import (
@@ -37,10 +39,32 @@ class Prompter:
     """Makes the prompts of an evaluation; equal for equal keys, whatever rank or batch asks."""
 
     def __init__(
-        self, arguments: EvaluateArguments, tokenizer: Tokenizer, ids: PromptIds, lm: LMConfig
+        self,
+        arguments: EvaluateArguments,
+        tokenizer: Tokenizer,
+        ids: PromptIds,
+        lm: LMConfig,
+        *,
+        support: Sequence[Example],
+        store: MediaStore,
     ) -> None:
-        """Hold what prompts are made of."""
+        """Hold what prompts are made of.
+
+        Args:
+            arguments: the evaluation's.
+            tokenizer: of the language model.
+            ids: its special ids.
+            lm: the language model.
+            support: the support set, without examples whose media cannot be shown.
+            store: where media's features are.
+        """
         self.arguments, self.tokenizer, self.ids, self.lm = arguments, tokenizer, ids, lm
+        self._support, self._keys, self._store = support, [example.key for example in support], store
+        self._pooled_NC: Tensor | None = None
+        if arguments.select == "rices" and max(arguments.shots):
+            self._pooled_NC = store.pooled_NC[[store.row[place_of(example)] for example in support]]
+        self._orders: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
         self._answers: dict[tuple[str, str], tuple[int, ...]] = {}
 
     @property
@@ -48,31 +72,44 @@ class Prompter:
         """Text around an answer."""
         return self.arguments.template
 
-    def ask(self, query: Example, shots: int, support: Sequence[Example], store: MediaStore) -> Asked:
+    def ask(self, query: Example, shots: int) -> Asked:
         """Return the prompt of a query with so many shots.
 
         Raises:
             ValueError: a template's field is in no example, or the support set is too small.
         """
-        keys = [example.key for example in support]
         text_shots = self.arguments.text_shots if shots == 0 else 0
         most = shots or text_shots
-        if self.arguments.select == "rices" and shots:
-            pooled_NC = store.pooled_NC[[store.row[place_of(example)] for example in support]]
-            query_C = store.pooled_NC[store.row[place_of(query)]]
-            chosen = nearest(query.key, query_C, keys, pooled_NC, most=most)
+        if self._pooled_NC is not None and shots:
+            nearest_last = self._nearest(query, self._pooled_NC)
+            chosen = nearest_last[max(len(nearest_last) - most, 0) :]
         else:
-            chosen = drawn(query.key, keys, seed=self.arguments.seed)[:most]
+            chosen = drawn(query.key, self._keys, seed=self.arguments.seed)[:most]
         if len(chosen) < most:
             raise ValueError(
                 f"{most} demonstrations of query {query.key}: the support set has {len(chosen)} readable examples "
                 "beside the query itself; ask for fewer --shots, or give more --support."
             )
-        shown = [support[place] for place in chosen]
+        shown = [self._support[place] for place in chosen]
         if text_shots:
             return self._asked(query, shown, [[]], text_only=True)
         orders = shuffles(query.key, shots, self.arguments.orders, seed=self.arguments.seed)
         return self._asked(query, shown, [[shown[place] for place in order] for order in orders])
+
+    def _nearest(self, query: Example, pooled_NC: Tensor) -> list[int]:
+        """Return the nearest of the support set for the most shots, of which fewer shots take the last ones."""
+        if query.key not in self._orders:
+            query_C = self._store.pooled_NC[self._store.row[place_of(query)]]
+            self._orders[query.key] = nearest(
+                query.key, query_C, self._keys, pooled_NC, most=max(self.arguments.shots)
+            )
+        return self._orders[query.key]
+
+    def _encode(self, text: str) -> list[int]:
+        """Encode a text; those of the support set come again and again."""
+        if text not in self._tokens:
+            self._tokens[text] = self.tokenizer.encode(text)
+        return self._tokens[text]
 
     def _asked(
         self,
@@ -90,7 +127,7 @@ class Prompter:
                     [example.fields for example in (shown if text_only else order)],
                     query.fields,
                     ids=self.ids,
-                    encode=self.tokenizer.encode,
+                    encode=self._encode,
                     template=self.template,
                 )
                 for order in orders
