@@ -44,11 +44,11 @@ class EvaluateArguments:
     """Examples without their images that come before a query at 0 shots (paper: 2; classification has none)."""
     seed: int = 0
     """Of the support set, the demonstrations and the intervals."""
-    shot_prompt: str = ""
-    """Text of a demonstration, such as "Question: {question} Answer: {answer}", with the JSON's fields by name; empty
+    shot_prompt: str | None = None
+    """Text of a demonstration, such as "Question: {question} Answer: {answer}", with the JSON's fields by name; None
     takes the paper's."""
-    query_prompt: str = ""
-    """The beginning of that text, up to where the answer starts."""
+    query_prompt: str | None = None
+    """The beginning of that text, up to where the answer starts; may be empty."""
     label: str = "label"
     """Classification: the JSON field that holds the right name; "txt" is the sample's text."""
     classes: str = ""
@@ -105,7 +105,7 @@ class EvaluateArguments:
             raise ValueError(
                 f"--shots {list(self.shots)}: give different numbers from 0, such as 0 4 8 16 32."
             )
-        if bool(self.shot_prompt) != bool(self.query_prompt):
+        if (self.shot_prompt is None) != (self.query_prompt is None):
             raise ValueError(
                 f"--shot-prompt {self.shot_prompt!r} with --query-prompt {self.query_prompt!r}: give both, or neither "
                 "for the paper's."
@@ -133,7 +133,7 @@ class EvaluateArguments:
     @property
     def template(self) -> PromptTemplate:
         """Text around an answer."""
-        if self.shot_prompt:
+        if self.shot_prompt is not None and self.query_prompt is not None:
             return PromptTemplate(shot=self.shot_prompt, query=self.query_prompt)
         return TEMPLATES[self.task]
 

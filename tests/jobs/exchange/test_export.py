@@ -18,12 +18,15 @@ from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_pro
 from flamingo_dist.training.build import build_model
 from flamingo_dist.training.checkpoint import CheckpointWriter
 from jobs.config import RunConfig
+from jobs.evaluate.command import evaluate
+from jobs.evaluate.settings import EvaluateArguments
 from jobs.exchange import ExportArguments, export_network
 from jobs.generate import GenerateArguments, generate_captions
 from jobs.network_source import empty_network
 from jobs.recipes.smoke import VOCAB, smoke
 from tests import tiny
 from tests.data_pipeline.servers import flaky_server
+from tests.jobs.evaluate import tasks
 from tests.jobs.exchange.exchanging import build, rewrite
 
 pytestmark = pytest.mark.distributed
@@ -306,3 +309,19 @@ def test_what_cannot_be_exported_is_an_error(run, exported, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         export_network(ExportArguments(source=str(tmp_path), folder=str(tmp_path / "c")))
     assert not list(tmp_path.glob("*"))
+
+
+def test_a_run_and_its_folder_have_the_same_evaluation(run, exported, tmp_path):
+    shards = tasks.write(tmp_path / "shards", range(5))
+    given = EvaluateArguments(
+        run=str(run[0]), task="caption", queries=(shards,), support=(shards,), shots=(0, 2), max_new_tokens=5
+    )
+    outcome = evaluate(given)
+    assert outcome.folder.parent == run[0] / "evaluations"
+    result = json.loads((outcome.folder / "result.json").read_text())
+    assert Path(result["checkpoint"]).name == f"step-{STEPS:08d}"
+    assert [row["count"] for row in result["results"]] == [5, 5]
+    again = evaluate(replace(given, run=str(exported), out=str(tmp_path / "out"), tensor=2))
+    said = [[(line["key"], line["answer"]) for line in found.predictions] for found in (outcome, again)]
+    assert said[0] == said[1]
+    assert evaluate(replace(given, batch=1)).folder == outcome.folder
