@@ -1,6 +1,8 @@
 """One process of an evaluation: encode a share of the media, answer a share of the queries, write what was answered."""
 
 import json
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,7 @@ def answer_share(topology: Topology, work: Work) -> list[Skip]:
     model = build_source(work.source, parallel, topology)
     shown = {place_of(example): example for example in wanted(arguments, examples)}
     store = MediaStore(work.folder, list(shown), config, model.dtype)
+    said = _Said(topology)
     bad = encode_media(
         model,
         list(shown.values()),
@@ -74,6 +77,7 @@ def answer_share(topology: Topology, work: Work) -> list[Skip]:
         topology,
         work.folder,
     )
+    said.done(f"{len(shown) - len(bad)} media encoded")
     support, queries = without(examples.support, bad), without(examples.queries, bad)
     tokenizer = work.source.tokenizer.load()
     ids = prompt_ids(tokenizer, config.lm, wrapped=work.source.wrapped)
@@ -86,7 +90,22 @@ def answer_share(topology: Topology, work: Work) -> list[Skip]:
         for shots, found in lengths.items():
             for line in answering.answer(shots, dict(zip(mine, found, strict=True))):
                 file.write(json.dumps({"shots": shots, **line}, ensure_ascii=False) + "\n")
+            said.done(f"{shots} shots: {len(found)} of {len(queries)} queries answered by this process")
     return list(bad.values())
+
+
+class _Said:
+    """Tells a person how far the first process is, on stderr: the table alone goes to stdout."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._speaks, self._started = topology.rank == 0, time.monotonic()
+
+    def done(self, what: str) -> None:
+        """Say that something is done, and how long it took since the last."""
+        now = time.monotonic()
+        if self._speaks:
+            print(f"{what} in {now - self._started:.1f} s", file=sys.stderr, flush=True)
+        self._started = now
 
 
 def _checked(prompter: Prompter, work: Work, query: Example, shots: int) -> int:

@@ -16,7 +16,7 @@ from jobs.evaluate.answering import Work, answer_share, answers_file
 from jobs.evaluate.examples import Examples, read_examples, shared_classes
 from jobs.evaluate.results import RESULT, Outcome, score, write_outcome
 from jobs.evaluate.settings import EvaluateArguments
-from jobs.inference_source import open_source
+from jobs.inference_source import Source, open_source
 from jobs.local_ranks import on_local_ranks
 from jobs.report.environment import commit
 from jobs.tables import table_console
@@ -35,8 +35,9 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
         BadDataError: a shard vanished while it was read.
         RunFailedError: one of several processes ended without an error of its own.
     """
-    folder = _folder(arguments)
+    _check_out(arguments)
     source = open_source(arguments.run, arguments.checkpoint)
+    folder = _folder(arguments, source)
     examples = read_examples(arguments)
     names = shared_classes(arguments, examples)
     _check_support(arguments, examples)
@@ -93,19 +94,24 @@ def _outcome(
     )
 
 
-def _folder(arguments: EvaluateArguments) -> Path:
-    """Return the folder of the results; equal settings have one, in which they overwrite equal results.
+def _check_out(arguments: EvaluateArguments) -> None:
+    """Refuse to write results beside a network that lies elsewhere.
 
     Raises:
-        ValueError: the network lies elsewhere and no folder is given.
+        ValueError: no folder is given for them.
     """
-    if arguments.out:
-        return Path(arguments.out)
-    if "://" in arguments.run:
+    if not arguments.out and "://" in arguments.run:
         raise ValueError(
             f"{arguments.run} is no folder of this machine: say by --out where results are written."
         )
-    settings = asdict(arguments)
+
+
+def _folder(arguments: EvaluateArguments, source: Source) -> Path:
+    """Return the folder of the results: equal settings and checkpoints have one, where they overwrite equal results."""
+    if arguments.out:
+        return Path(arguments.out)
+    checkpoint = None if source.checkpoint is None else source.checkpoint.name
+    settings = {**asdict(arguments), "checkpoint": checkpoint}
     for without_effect in ("batch", "data", "tensor", "out"):
         del settings[without_effect]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -249,6 +249,8 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, str]:
 
 def _captions(fields: Mapping[str, Any], reader: SampleReader) -> _Texts:
     captions = [caption.strip() for caption in read_captions(reader)]
+    if reader.has("txt") and captions[0] in captions[1:]:
+        del captions[0]  # the .txt is one of the JSON's, and no further reference
     return {**_plain(fields), "caption": captions[0]}, tuple(captions), ()
 
 

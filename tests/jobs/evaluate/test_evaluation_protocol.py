@@ -13,6 +13,7 @@ from data_pipeline.shards import ShardWriter, npy_bytes
 from flamingo_dist.cli import main
 from flamingo_dist.models.flamingo import Flamingo
 from jobs.evaluate import command
+from jobs.evaluate.examples import read_examples
 from jobs.evaluate.settings import EvaluateArguments
 from tests.data_pipeline.corpora import clip_mp4
 from tests.jobs.evaluate import tasks
@@ -173,6 +174,20 @@ def test_videos_and_stored_features(tmp_path: Path) -> None:
         outcome = tasks.evaluate(given, network)
     assert outcome.figures[3][0].count == 4
     assert sorted(shape[:3] for shape in seen) == [(1, 1, 1), (1, 1, 2), (2, 1, 2)]
+
+
+def test_a_text_that_is_one_of_the_captions_is_one_reference(tmp_path: Path) -> None:
+    captions = json.dumps({"captions": ["a cat", "the dog", "the dog"]}).encode()
+    with ShardWriter(str(tmp_path / "pairs")) as writer:
+        writer.write("a", {"png": tasks.noise(0), "txt": b"the dog", "json": captions})
+        writer.write("b", {"png": tasks.noise(1), "txt": b"a bird", "json": captions})
+        writer.write("c", {"png": tasks.noise(2), "txt": b"a bird"})
+    given = EvaluateArguments(run="tiny", task="caption", queries=(f"{tmp_path}/pairs",))
+    assert [query.answers for query in read_examples(given).queries] == [
+        ("a cat", "the dog", "the dog"),
+        ("a bird", "a cat", "the dog", "the dog"),
+        ("a bird",),
+    ]
 
 
 def test_two_classes_have_an_area_and_choices_are_a_querys_own(tmp_path: Path) -> None:
