@@ -191,6 +191,7 @@ class _Feed:
             self._media_mask_NM,
             latents_BMRE=latents_NMRE,
             cache=self._cache,
+            last_only=True,
         )
         self._latents_NMRE = output.latents_BMRE
         return self._last(output.logits_BTV)
@@ -211,6 +212,7 @@ class _Feed:
             self._media_mask_NM,
             latents_BMRE=self._latents_NMRE,
             cache=self._cache,
+            last_only=True,
         )
         return self._last(output.logits_BTV)
 

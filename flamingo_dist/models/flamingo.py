@@ -224,6 +224,7 @@ class Flamingo(nn.Module):
         cache: KeyValueCache | None = None,
         num_media: int | None = None,
         num_targets: int | None = None,
+        last_only: bool = False,
     ) -> FlamingoOutput:
         """Run the network.
 
@@ -240,6 +241,8 @@ class Flamingo(nn.Module):
             num_media: how many of `media_mask_BM` are set. Who knows it spares the host to wait for the device, which
                 would then stand still while the host catches up.
             num_targets: how many of `targets_BT` are not -100, likewise.
+            last_only: whether logits of the last position are all that is wanted, [B, 1, V]: generation spares a long
+                prompt the widest product.
 
         Returns:
             Losses where targets are given, else logits; and the latents.
@@ -266,7 +269,7 @@ class Flamingo(nn.Module):
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         with part("loss"):
-            x_TBD = self.lm.final_norm(x_TBD)
+            x_TBD = self.lm.final_norm(x_TBD[-1:] if last_only and targets_BT is None else x_TBD)
             logits = self.lm.vocabulary(x_TBD.transpose(0, 1), as_head=True) if targets_BT is None else None
             nll = None if targets_BT is None else self._nll(x_TBD, targets_BT, num_targets)
         return FlamingoOutput(logits_BTV=logits, nll_BT=nll, latents_BMRE=latents_BMRE)

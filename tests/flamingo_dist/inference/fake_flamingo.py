@@ -61,6 +61,7 @@ class FakeFlamingo(nn.Module):
         latents_BMRE: Tensor | None = None,
         targets_BT: Tensor | None = None,
         cache: Any = None,
+        last_only: bool = False,
     ) -> Output:
         assert (media is None) != (latents_BMRE is None)
         self.calls.append("media" if media is not None else "latents")
@@ -82,6 +83,6 @@ class FakeFlamingo(nn.Module):
             cache.state_BD = state
         logits = 3 * self.head(torch.stack(states, 1))
         if targets_BT is None:
-            return Output(logits, None, latents_BMRE)
+            return Output(logits[:, -1:] if last_only else logits, None, latents_BMRE)
         nll = F.cross_entropy(logits.transpose(1, 2).float(), targets_BT, reduction="none")
         return Output(None, nll, latents_BMRE)
