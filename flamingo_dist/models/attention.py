@@ -16,7 +16,9 @@ from kernels.sdpa import attention
 class KeyValueCache:
     """Keys and values of the tokens seen so far, one pair per LM block, for generation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        """Start empty; with `keeps` off, what a forward adds is forgotten with it."""
+        self.keeps = keeps
         self.entries: dict[int, tuple[Tensor, Tensor]] = {}
         self.length = 0
         self.media: dict[int, MediaKV] = {}
@@ -39,7 +41,8 @@ class KeyValueCache:
             k_old, v_old = self.entries[layer]
             k_BGTK = torch.cat([k_old, k_BGTK], dim=2)
             v_BGTK = torch.cat([v_old, v_BGTK], dim=2)
-        self.entries[layer] = (k_BGTK, v_BGTK)
+        if self.keeps:
+            self.entries[layer] = (k_BGTK, v_BGTK)
         return k_BGTK, v_BGTK
 
     def reorder(self, rows_B: Tensor) -> None:
@@ -50,15 +53,15 @@ class KeyValueCache:
                 media.k_BMRHK, media.v_BMRHK = media.k_BMRHK[rows_B], media.v_BMRHK[rows_B]
 
     def fork(self, row: int, copies: int) -> "KeyValueCache":
-        """Return a cache of `copies` rows that each continue row `row` of this one, which stays as it is.
+        """Return a cache for one forward, of `copies` rows that each continue row `row` of this one.
 
-        The rows share their memory until they are extended.
+        The rows are views of one; what the forward joins to them lives as long as its layer.
         """
 
         def spread(tensor: Tensor) -> Tensor:
             return tensor[row : row + 1].expand(copies, *tensor.shape[1:])
 
-        forked = KeyValueCache()
+        forked = KeyValueCache(keeps=False)
         forked.length, forked.distances = self.length, dict(self.distances)
         forked.entries = {i: (spread(k), spread(v)) for i, (k, v) in self.entries.items()}
         for i, media in self.media.items():

@@ -25,9 +25,6 @@ from jobs.evaluate.settings import EvaluateArguments
 from jobs.held_out import prompt_ids
 from jobs.inference_source import Source, build_source
 
-_ROWS = 32
-"""Answers scored in one call of the network."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -143,7 +140,9 @@ class _Answering:
     def __init__(self, model: Flamingo, prompter: Prompter, store: MediaStore, work: Work) -> None:
         self.model, self.prompter, self.store, self.work = model, prompter, store, work
         arguments, ids = work.arguments, prompter.ids
-        self.candidates = CandidateConfig(rows=_ROWS, queries=arguments.batch, normalise=arguments.normalise)
+        self.candidates = CandidateConfig(
+            rows=arguments.rows, queries=arguments.batch, normalise=arguments.normalise
+        )
         self.generation = None
         if arguments.is_open_ended:
             self.generation = GenerationConfig(

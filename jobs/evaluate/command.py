@@ -112,7 +112,7 @@ def _folder(arguments: EvaluateArguments, source: Source) -> Path:
         return Path(arguments.out)
     checkpoint = None if source.checkpoint is None else source.checkpoint.name
     settings = {**asdict(arguments), "checkpoint": checkpoint}
-    for without_effect in ("batch", "data", "tensor", "out"):
+    for without_effect in ("batch", "rows", "data", "tensor", "out"):
         del settings[without_effect]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return Path(arguments.run) / "evaluations" / f"{arguments.task}-{digest}"

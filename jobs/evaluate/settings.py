@@ -73,6 +73,8 @@ class EvaluateArguments:
     """Longest prompt with its answer, in tokens (Flamingo's LM: 2,048); 0 has no limit but a table of positions."""
     batch: int = 8
     """Most queries in one call of the network."""
+    rows: int = 32
+    """Classification: most names scored in one call."""
     data: int = 1
     """Data-parallel processes of this machine, each of which answers a share of the queries."""
     tensor: int = 1
@@ -95,6 +97,7 @@ class EvaluateArguments:
             "frames": 0,
             "context": 0,
             "batch": 1,
+            "rows": 1,
             "data": 1,
             "tensor": 1,
         }

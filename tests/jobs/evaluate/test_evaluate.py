@@ -56,12 +56,12 @@ def alone(
     return given, tasks.evaluate(given)
 
 
-@pytest.mark.parametrize(("data", "tensor", "batch"), [(1, 1, 8), (2, 1, 2), (1, 2, 8)])
+@pytest.mark.parametrize(("data", "tensor", "batch"), [(1, 1, 8), (2, 1, 2), (1, 2, 8), (2, 2, 3)])
 def test_the_same_by_any_layout_and_batch(
     alone: tuple[EvaluateArguments, Outcome], tmp_path: Path, data: int, tensor: int, batch: int
 ) -> None:
     given, expected = alone
-    spread = replace(given, data=data, tensor=tensor, batch=batch, out=str(tmp_path))
+    spread = replace(given, data=data, tensor=tensor, batch=batch, rows=batch, out=str(tmp_path))
     outcome = tasks.evaluate(spread)
     assert said(outcome) == said(expected)
     assert len(set(said(outcome).values())) > 7, "the network says one thing whatever it is shown"
@@ -69,6 +69,11 @@ def test_the_same_by_any_layout_and_batch(
     for shots, figures in expected.figures.items():
         for one, other in zip(figures, outcome.figures[shots], strict=True):
             assert (one.value, one.low, one.count) == pytest.approx((other.value, other.low, 7))
+
+
+def test_what_a_process_refuses_is_said(shards: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has a prompt of .* tokens, .* and 40 are allowed"):
+        tasks.evaluate(arguments(shards, tmp_path, context=40, data=2))
 
 
 def test_more_processes_than_queries(shards: dict[str, str], tmp_path: Path) -> None:
