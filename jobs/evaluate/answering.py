@@ -24,6 +24,7 @@ from jobs.evaluate.prompts import Asked, Prompter
 from jobs.evaluate.settings import EvaluateArguments
 from jobs.held_out import prompt_ids
 from jobs.inference_source import Source, build_source
+from jobs.network_tokenizer import further_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ def answer_share(topology: Topology, work: Work) -> list[Skip]:
     support, queries = without(examples.support, bad), without(examples.queries, bad)
     tokenizer = work.source.tokenizer.load()
     ids = prompt_ids(tokenizer, config.lm, wrapped=work.source.wrapped)
-    prompter = Prompter(arguments, tokenizer, ids, config.lm, support=support, store=store)
+    names = further_tokens(work.source.tokenizer, ids.further)
+    prompter = Prompter(arguments, tokenizer, ids, config.lm, support=support, store=store, names=names)
     mine = queries[topology.data_rank :: topology.data]
     # All prompts once, before the first is answered: one that cannot be asked should not cost hours.
     lengths = {shots: [_checked(prompter, work, query, shots) for query in mine] for shots in arguments.shots}

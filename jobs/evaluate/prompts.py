@@ -19,6 +19,10 @@ from flamingo_dist.models.lm_config import LMConfig
 from jobs.evaluate.examples import Example
 from jobs.evaluate.media import MediaStore, place_of
 from jobs.evaluate.settings import EvaluateArguments
+from jobs.network_tokenizer import encoding
+
+_FIRST_MARK = 0xE000
+"""Unicode's first sign for private use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Prompter:
         *,
         support: Sequence[Example],
         store: MediaStore,
+        names: Mapping[str, int] | None = None,
     ) -> None:
         """Hold what prompts are made of.
 
@@ -57,6 +62,7 @@ class Prompter:
             lm: the language model.
             support: the support set, without examples whose media cannot be shown.
             store: where media's features are.
+            names: ids of further tokens that a template may name, such as `<end_of_utterance>`; data cannot.
         """
         self.arguments, self.tokenizer, self.ids, self.lm = arguments, tokenizer, ids, lm
         self._support, self._keys, self._store = support, [example.key for example in support], store
@@ -66,11 +72,19 @@ class Prompter:
         self._orders: dict[str, list[int]] = {}
         self._tokens: dict[str, list[int]] = {}
         self._answers: dict[tuple[str, str], tuple[int, ...]] = {}
+        # In a template a named token is a sign that no data keep, so that what data spell stays text.
+        marks = {chr(_FIRST_MARK + i): name for i, name in enumerate(names or {})}
+        self._marked = {mark: (names or {})[name] for mark, name in marks.items()}
+        self.template = arguments.template
+        for mark, name in marks.items():
+            self.template = PromptTemplate(
+                shot=self.template.shot.replace(name, mark), query=self.template.query.replace(name, mark)
+            )
 
-    @property
-    def template(self) -> PromptTemplate:
-        """Text around an answer."""
-        return self.arguments.template
+    def _fields(self, example: Example) -> dict[str, str]:
+        """Return what a template is filled with."""
+        removed = dict.fromkeys(map(ord, self._marked))
+        return {name: value.translate(removed) for name, value in example.fields.items()}
 
     def ask(self, query: Example, shots: int) -> Asked:
         """Return the prompt of a query with so many shots.
@@ -108,8 +122,11 @@ class Prompter:
     def _encode(self, text: str) -> list[int]:
         """Encode a text; those of the support set come again and again."""
         if text not in self._tokens:
-            self._tokens[text] = self.tokenizer.encode(text)
+            self._tokens[text] = self._encode_marked(text)
         return self._tokens[text]
+
+    def _encode_marked(self, text: str) -> list[int]:
+        return encoding(self.tokenizer.encode, self._marked)(text)
 
     def _asked(
         self,
@@ -124,8 +141,8 @@ class Prompter:
         try:
             prompts = tuple(
                 make(
-                    [example.fields for example in (shown if text_only else order)],
-                    query.fields,
+                    [self._fields(example) for example in (shown if text_only else order)],
+                    self._fields(query),
                     ids=self.ids,
                     encode=self._encode,
                     template=self.template,
@@ -135,16 +152,17 @@ class Prompter:
         except (KeyError, IndexError) as error:
             known = sorted(set(query.fields).intersection(*(example.fields for example in shown)))
             raise ValueError(
-                f"the prompt {self.template.shot!r} wants the field {error}, and the example {query.key} or one of its "
-                f"demonstrations lacks it; all have {known}. Write a literal brace twice."
+                f"the prompt {self.arguments.template.shot!r} wants the field {error}, and the example "
+                f"{query.key} or one of its demonstrations lacks it; all have {known}. Write a literal brace twice."
             ) from error
         media = tuple(tuple(place_of(example) for example in (*order, query)) for order in orders)
         return Asked(query=query, demonstrations=tuple(shown), prompts=prompts, media=media)
 
     def answers(self, query: Example, names: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens that continue a query's prompt with each name, closed by `<EOC>`."""
-        opening = self.template.query.format(**query.fields)
-        return [self._answer(query.fields, opening, name) for name in names]
+        fields = self._fields(query)
+        opening = self.template.query.format(**fields)
+        return [self._answer(fields, opening, name) for name in names]
 
     def _answer(self, fields: Mapping[str, str], opening: str, name: str) -> tuple[int, ...]:
         found = self._answers.get((opening, name))
@@ -152,7 +170,7 @@ class Prompter:
             found = self._answers[opening, name] = answer_tokens(
                 {**fields, "label": name},
                 ids=self.ids,
-                encode=self.tokenizer.encode,
+                encode=self._encode_marked,
                 template=self.template,
             )
         return found

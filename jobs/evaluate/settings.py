@@ -8,6 +8,13 @@ from flamingo_dist.inference.prompt import CAPTIONING, QUESTION_ANSWERING, Promp
 Task = Literal["caption", "vqa", "exact", "classify"]
 NEW_TOKENS: dict[str, int] = {"caption": 20, "vqa": 5, "exact": 5}
 """OpenFlamingo's lengths; the paper gives none."""
+ANSWER_FIELDS: dict[str, str] = {
+    "caption": "caption",
+    "vqa": "answer",
+    "exact": "answer",
+    "classify": "label",
+}
+"""The field of a template that is the answer."""
 TEMPLATES: dict[str, PromptTemplate] = {
     "caption": CAPTIONING,
     "vqa": QUESTION_ANSWERING,
@@ -108,12 +115,23 @@ class EvaluateArguments:
             raise ValueError(
                 f"--shots {list(self.shots)}: give different numbers from 0, such as 0 4 8 16 32."
             )
+        self._check_prompts()
+        self._check_classification()
+
+    def _check_prompts(self) -> None:
+        """Refuse prompts that give the answer away, or that no answer follows."""
         if (self.shot_prompt is None) != (self.query_prompt is None):
             raise ValueError(
                 f"--shot-prompt {self.shot_prompt!r} with --query-prompt {self.query_prompt!r}: give both, or neither "
                 "for the paper's."
             )
-        self._check_classification()
+        shot, query, answer = self.template.shot, self.template.query, ANSWER_FIELDS[self.task]
+        shown, asked = (f"{{{answer}}}" in text for text in (shot, query))
+        if not shot.startswith(query) or query != query.rstrip() or not shown or asked:
+            raise ValueError(
+                f"--shot-prompt {shot!r} with --query-prompt {query!r}: the second must be the beginning of the first, "
+                f"without a space at its end, and the first alone holds {{{answer}}}."
+            )
 
     def _check_classification(self) -> None:
         """Refuse what only classification has, or only the other tasks."""

@@ -11,9 +11,11 @@ import torch
 
 from data_pipeline.shards import ShardWriter, npy_bytes
 from flamingo_dist.cli import main
+from flamingo_dist.inference.prompt import PromptIds
 from flamingo_dist.models.flamingo import Flamingo
 from jobs.evaluate import command
 from jobs.evaluate.examples import read_examples
+from jobs.evaluate.prompts import Prompter
 from jobs.evaluate.settings import EvaluateArguments
 from tests.data_pipeline.corpora import clip_mp4
 from tests.jobs.evaluate import tasks
@@ -93,6 +95,37 @@ def test_the_prompts_are_the_papers(
         assert zero["prompt_tokens"] - len(query) - 2 - 2 in {a + b for a in texts for b in texts}
         assert zero["demonstrations"] == two["demonstrations"]
         assert two["prompt_tokens"] == zero["prompt_tokens"] + 2
+
+
+def test_a_template_names_tokens_and_data_do_not(tmp_path: Path) -> None:
+    """An instruct model's turn ends in a token of its own; a caption that spells it, or the sign for it, is text."""
+    with ShardWriter(str(tmp_path / "pairs")) as writer:
+        for key, text in (("a", "<end>"), ("b", "\ue000x")):
+            writer.write(key, {"png": tasks.noise(0), "txt": text.encode()})
+    given = EvaluateArguments(
+        run="tiny",
+        task="caption",
+        queries=(f"{tmp_path}/pairs",),
+        support=(f"{tmp_path}/pairs",),
+        shot_prompt="Say:<end> {caption}<end>",
+        query_prompt="Say:<end>",
+    )
+    examples = read_examples(given)
+    tokenizer = tasks.source().tokenizer.load()
+    ids = PromptIds(bos=256, image=260, eoc=261, eos=257, further=(262,))
+    prompter = Prompter(
+        given,
+        tokenizer,
+        ids,
+        tasks.source().model.lm,
+        support=examples.support,
+        store=None,  # type: ignore[arg-type]
+        names={"<end>": 262},
+    )
+    asked = {query.key: prompter.ask(query, 1).prompts[0].tokens for query in examples.queries}
+    say = [*b"Say:", 262]
+    assert list(asked["b"]) == [256, 260, *say, *b" <end>", 262, 260, *say]
+    assert list(asked["a"]) == [256, 260, *say, *b" x", 262, 260, *say]
 
 
 def test_media_that_cannot_be_shown_are_counted_and_named(tmp_path: Path, capsys: Any) -> None:
@@ -195,7 +228,7 @@ def test_two_classes_have_an_area_and_choices_are_a_querys_own(tmp_path: Path) -
         for number in range(6):
             fields = {"label": "yes" if number % 2 else "no", "text": f"meme {number}"}
             writer.write(f"e{number}", {"png": tasks.noise(number), "json": json.dumps(fields).encode()})
-    with ShardWriter(str(tmp_path / "choices")) as writer:
+    with ShardWriter("memory://evaluated/choices", overwrite=True) as writer:
         for number in range(4):
             fields = {"label": number % 3, "choices": [f"cat {number}", "a dog", "no"], "question": "which?"}
             writer.write(f"c{number}", {"png": tasks.noise(number), "json": json.dumps(fields).encode()})
@@ -226,7 +259,7 @@ def test_two_classes_have_an_area_and_choices_are_a_querys_own(tmp_path: Path) -
     multiple = EvaluateArguments(
         run="tiny",
         task="classify",
-        queries=(f"{tmp_path}/choices",),
+        queries=("memory://evaluated/choices",),
         shots=(0,),
         out=str(tmp_path / "b"),
         shot_prompt="Question: {question} Answer: {label}",
@@ -292,6 +325,10 @@ def test_data_that_lack_what_the_task_needs_are_named(
         ({"beams": 0}, "--beams 0: give 1 or more"),
         ({"orders": 6}, "only --task classify has these"),
         ({"shot_prompt": "x {caption}"}, "give both"),
+        ({"shot_prompt": "x {caption}", "query_prompt": "y"}, "must be the beginning of the first"),
+        ({"shot_prompt": "x {caption}", "query_prompt": "x "}, "without a space at its end"),
+        ({"shot_prompt": "x {answer}", "query_prompt": "x"}, "the first alone holds {caption}"),
+        ({"shot_prompt": "{caption}!", "query_prompt": "{caption}"}, "the first alone holds {caption}"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], says: str) -> None:
