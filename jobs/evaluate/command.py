@@ -12,8 +12,9 @@ import tyro
 
 from data_pipeline.batch import Skip
 from flamingo_dist.parallel.topology import single_process
-from jobs.evaluate.answering import Work, answer_share, answers_file
+from jobs.evaluate.answering import Work, answer_share, answers_file, wanted
 from jobs.evaluate.examples import Examples, read_examples, shared_classes
+from jobs.evaluate.media import check_room
 from jobs.evaluate.results import RESULT, Outcome, score, write_outcome
 from jobs.evaluate.settings import EvaluateArguments
 from jobs.inference_source import Source, open_source
@@ -43,6 +44,7 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
     _check_support(arguments, examples)
     with tempfile.TemporaryDirectory(prefix="flamingo-evaluate-") as scratch:
         work = Work(arguments=arguments, source=source, examples=examples, names=names, folder=Path(scratch))
+        check_room(work.folder, len(wanted(arguments, examples)), source.model, source.dtype)
         bad = run_work(work)
         lines = [
             json.loads(line)

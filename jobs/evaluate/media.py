@@ -1,6 +1,7 @@
 """Media of an evaluation: each is encoded once over the whole job, and every prompt shows it by its latents."""
 
 import json
+import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,13 +52,40 @@ class MediaStore:
             dtype: of its latents.
         """
         self.row = {key: row for row, key in enumerate(keys)}
-        shape = (len(keys), config.resampler.latents, config.gated.media_width)
-        self.latents_NRE = _mapped(folder / "latents", shape, dtype)
-        self.pooled_NC = _mapped(folder / "pooled", (len(keys), config.vision.width), torch.float32)
+        latents, pooled_features = _shapes(len(keys), config)
+        self.latents_NRE = _mapped(folder / "latents", latents, dtype)
+        self.pooled_NC = _mapped(folder / "pooled", pooled_features, torch.float32)
 
     def latents_of(self, keys: Sequence[str]) -> Tensor:
         """Return the latents [M, R, E] of M media, in the order in which they are named."""
         return self.latents_NRE[[self.row[key] for key in keys]]
+
+
+def check_room(folder: Path, media: int, config: FlamingoConfig, dtype: torch.dtype) -> None:
+    """Refuse a disk on which the files of a `MediaStore` do not fit: a full one would kill the processes that map them.
+
+    Args:
+        folder: of the store.
+        media: how many it will hold.
+        config: the network.
+        dtype: of its latents.
+
+    Raises:
+        ValueError: says how much is needed.
+    """
+    latents, pooled_features = _shapes(media, config)
+    needed = int(np.prod(latents)) * dtype.itemsize + 4 * int(np.prod(pooled_features))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the latents of {media} images and videos take {needed / 1e9:.1f} GB, and {folder} has "
+            f"{free / 1e9:.1f} GB: set TMPDIR to a larger disk of this machine, or ask about fewer (--limit, --support-size)."
+        )
+
+
+def _shapes(media: int, config: FlamingoConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the latents and of the pooled features of so many media."""
+    return (media, config.resampler.latents, config.gated.media_width), (media, config.vision.width)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

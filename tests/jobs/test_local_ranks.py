@@ -25,6 +25,13 @@ def total(topology: Topology, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def places(topology: Topology) -> list[tuple[int, int]]:
+    mine = torch.tensor([topology.data_rank, topology.tensor_rank])
+    found = [torch.empty_like(mine) for _ in range(topology.world)]
+    dist.all_gather(found, mine)
+    return [tuple(place.tolist()) for place in found]
+
+
 def misbehave(topology: Topology, how: str) -> None:
     if topology.tensor_rank == 1:
         if how == "kill":
@@ -35,6 +42,10 @@ def misbehave(topology: Topology, how: str) -> None:
 
 def test_the_first_rank_says_what_all_have_made():
     torch.testing.assert_close(on_local_ranks(total, torch.ones(3), tensor=3), torch.full((3,), 6.0))
+
+
+def test_tensor_parallel_peers_are_neighbours():
+    assert on_local_ranks(places, tensor=2, data=2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What a query is shown, what is left out and said, and what is refused; one process."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -95,6 +97,15 @@ def test_the_prompts_are_the_papers(
         assert zero["prompt_tokens"] - len(query) - 2 - 2 in {a + b for a in texts for b in texts}
         assert zero["demonstrations"] == two["demonstrations"]
         assert two["prompt_tokens"] == zero["prompt_tokens"] + 2
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    shards: dict[str, str],  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    with patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=5000)):
+        with pytest.raises(ValueError, match="latents of 15 images and videos .* set TMPDIR"):
+            tasks.evaluate(arguments(shards, tmp_path))
 
 
 def test_a_template_names_tokens_and_data_do_not(tmp_path: Path) -> None:
