@@ -86,6 +86,11 @@ def _outcome(
         shots: sorted((line for line in lines if line["shots"] == shots), key=lambda line: line["key"])
         for shots in arguments.shots
     }
+    unseen = {skip.key for skip in bad}
+    for found in by_shots.values():
+        keys = [line["key"] for line in found]
+        assert len(keys) == len(set(keys)), "a query was answered twice"
+        assert set(keys) >= set(queries) - unseen, "a query was not answered"
     figures = {shots: score(arguments, queries, names, found) for shots, found in by_shots.items()}
     return Outcome(
         figures=figures,

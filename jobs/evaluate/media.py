@@ -79,7 +79,8 @@ def check_room(folder: Path, media: int, config: FlamingoConfig, dtype: torch.dt
     if needed > free:
         raise ValueError(
             f"the latents of {media} images and videos take {needed / 1e9:.1f} GB, and {folder} has "
-            f"{free / 1e9:.1f} GB: set TMPDIR to a larger disk of this machine, or ask about fewer (--limit, --support-size)."
+            f"{free / 1e9:.1f} GB: set TMPDIR to a larger disk of this machine, or ask about fewer (--limit, "
+            "--support-size)."
         )
 
 
