@@ -318,7 +318,12 @@ class RayFeed:
 
     def check_state(self, saved: Mapping[str, Any]) -> int:
         """Return the step to continue at; ResumeError names every difference."""
-        return check_saved(self._described, saved)
+
+        def url(name: str, shard: int) -> str:
+            indices: Mapping[str, ShardIndex] = ray.get(self._sources.loaded[1], timeout=self._timeout_s)
+            return indices[name].entries[shard].url
+
+        return check_saved(self._described, saved, url)
 
     def summary(self) -> dict[str, Any]:
         """Return counts of read and bad samples over all ranks, see `Ledger.summary`."""

@@ -110,6 +110,7 @@ class DatasetStream:
             "seed": self.seed,
             "samples": self.num_samples,
             "shards": self.index.fingerprint,
+            "evidence": self.index.entries.evidence(),
             "tokenizer": self.tokenizer.fingerprint,
             "order": ORDER_VERSION,
             "random_numbers": _rng_fingerprint(),
@@ -138,6 +139,7 @@ class DatasetStream:
                     max_bytes=self.config.max_bytes,
                     storage=self.index.storage,
                     shard_bytes=entry.size,
+                    version=entry.version,
                 )
                 return self._loader.load(reader, position, slots)
             except BadSampleError as error:

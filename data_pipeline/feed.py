@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DatasetConfig
 from data_pipeline.dataset import DatasetStream
 from data_pipeline.errors import BadDataError, ResumeError
+from data_pipeline.evidence import changed
 from data_pipeline.ledger import Ledger
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig
 
@@ -66,12 +67,17 @@ def make_state(described: Mapping[str, Mapping[str, Any]], step: int) -> dict[st
     return {"version": _STATE_VERSION, "step": step, "datasets": datasets}
 
 
-def check_saved(described: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]) -> int:
+def check_saved(
+    described: Mapping[str, Mapping[str, Any]],
+    saved: Mapping[str, Any],
+    shard_url: Callable[[str, int], str] = lambda name, shard: f"shard number {shard}",
+) -> int:
     """Compare a saved position with what this run would read.
 
     Args:
         described: `DatasetStream.describe()` of each data set of this run.
         saved: what `make_state` gave.
+        shard_url: gives the URL of a shard by its data set and number, for the message.
 
     Returns:
         The step to continue at.
@@ -95,6 +101,8 @@ def check_saved(described: Mapping[str, Mapping[str, Any]], saved: Mapping[str, 
         for field in sorted(now.keys() | (then.keys() - {"position", "epoch"})):
             if now.get(field) != then.get(field):
                 faults.append(f"{name}.{field} was {then.get(field)!r}, is {now.get(field)!r}")
+        if now.get("shards") == then.get("shards"):
+            faults += _changed_shards(name, before[name], described[name], shard_url)
     if faults:
         raise ResumeError(
             "the data cannot be continued where the checkpoint stopped: "
@@ -106,7 +114,22 @@ def check_saved(described: Mapping[str, Mapping[str, Any]], saved: Mapping[str, 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
     """Lift the settings to the level of the other fields."""
-    return {**{k: v for k, v in description.items() if k != "settings"}, **description.get("settings", {})}
+    plain = {k: v for k, v in description.items() if k not in ("settings", "evidence")}
+    return {**plain, **description.get("settings", {})}
+
+
+def _changed_shards(
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], shard_url: Callable[[str, int], str]
+) -> list[str]:
+    """Say which shards of a data set hold something else than before, as far as both positions know."""
+    then: Mapping[str, Any] = before.get("evidence", {})  # earlier versions saved none
+    faults = []
+    for kind, what in {"headers": "tar headers", "sha256": "checksum"}.items():
+        if kind not in then or (shards := changed(then[kind], now["evidence"][kind])) is None:
+            continue
+        which = f"{shard_url(name, shards[0])} was" if shards else "several shards were"
+        faults.append(f"{name}: {which} changed since the checkpoint (same size, other {what})")
+    return faults
 
 
 class LocalFeed:
@@ -174,7 +197,7 @@ class LocalFeed:
 
     def check_state(self, saved: Mapping[str, Any]) -> int:
         """Return the step to continue at; ResumeError names every difference."""
-        return check_saved(self._described, saved)
+        return check_saved(self._described, saved, lambda name, n: self._streams[name].index.entries[n].url)
 
     def summary(self) -> dict[str, Any]:
         """Return counts of read and bad samples, see `Ledger.summary`."""

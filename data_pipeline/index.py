@@ -5,88 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, overload
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
 
 from data_pipeline.batch import Skip
+from data_pipeline.entries import DIGITS, ShardEntries, ShardEntry
 from data_pipeline.errors import MissingShardError
 from data_pipeline.scan import scan_tar
 from data_pipeline.shards import (
     INDEX_FORMAT,
     INDEX_NAME,
     INDEX_VERSION,
+    SampleRecord,
     SampleRecords,
     decode_side,
     encode_index,
     encode_side,
     side_name,
 )
-from data_pipeline.storage import Storage
+from data_pipeline.storage import Storage, written_at
 
 __all__ = ["ShardEntries", "ShardEntry", "ShardIndex", "open_index", "scan_tar", "write_index"]
 
 _SCAN_THREADS = 8
 _NAMED_IN_ERRORS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """One shard of a data set."""
-
-    url: str
-    """Full URL of the tar."""
-    samples: int
-    """Number of samples."""
-    size: int
-    """Bytes of the tar when it was indexed."""
-
-    @property
-    def name(self) -> str:
-        """File name without the folder."""
-        return self.url.rsplit("/", 1)[-1]
-
-
-class ShardEntries(Sequence[ShardEntry]):
-    """The shards of an index, held as arrays: Ray then shares one copy among all readers of a node."""
-
-    def __init__(self, entries: Iterable[ShardEntry]) -> None:
-        """Take the entries apart into columns."""
-        rows = tuple(entries)
-        numbers: dict[str, int] = {}
-        parts = [entry.url.rpartition("/") for entry in rows]
-        folders = [numbers.setdefault(folder + slash, len(numbers)) for folder, slash, _ in parts]
-        self._folders = tuple(numbers)
-        self._folder = np.array(folders, np.int32)
-        self._names = np.array([name.encode() for _, _, name in parts] or [b""], np.bytes_)[: len(rows)]
-        self.samples = np.array([entry.samples for entry in rows], np.int64)
-        """Samples of each shard, int64 [shards]."""
-        self.sizes = np.array([entry.size for entry in rows], np.int64)
-        """Bytes of each shard, int64 [shards]."""
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @overload
-    def __getitem__(self, number: int) -> ShardEntry: ...
-    @overload
-    def __getitem__(self, number: slice) -> tuple[ShardEntry, ...]: ...
-    def __getitem__(self, number: int | slice) -> ShardEntry | tuple[ShardEntry, ...]:
-        if isinstance(number, slice):
-            return tuple(self[i] for i in range(*number.indices(len(self))))
-        url = self._folders[self._folder[number]] + bytes(self._names[number]).decode()
-        return ShardEntry(url, int(self.samples[number]), int(self.sizes[number]))
-
-    def digest(self) -> str:
-        """Hash names, counts and sizes, but no folder."""
-        names = b"\0".join(self._names.tolist())
-        return hashlib.sha256(names + self.samples.tobytes() + self.sizes.tobytes()).hexdigest()[:16]
+_COMPARED_BYTES = 8 << 30
+_CHUNK = 1 << 20
 
 
 class ShardIndex:
@@ -176,27 +127,36 @@ def open_index(urls: Sequence[str], *, cache_shards: int = 32, storage: Storage 
 
     Raises:
         MissingShardError: when a shard that is listed, or any folder, does not exist; names it.
-        ValueError: for compressed shards, or when nothing was found.
+        ValueError: for compressed shards, for one that is another than its index was made of, or when nothing was
+            found.
     """
     if not urls:
         raise ValueError("no urls: give at least one folder, .tar file, brace pattern or glob")
     storage = storage or Storage()
-    entries: list[ShardEntry] = []
-    skips: list[Skip] = []
-    scanned: dict[int, bytes] = {}
-    for url in urls:
-        for entry, packed, entry_skips in _open_url(url, storage):
-            if packed is not None:
-                scanned[len(entries)] = packed
-            entries.append(entry)
-            skips += entry_skips
+    found = [shard for url in urls for shard in _open_url(url, storage)]
+    _compare_late([shard for shard in found if shard.is_late and shard.sha256 and not shard.skips], storage)
+    skips = [skip for shard in found for skip in shard.skips]
+    scanned = {number: shard.packed for number, shard in enumerate(found) if shard.packed is not None}
+    entries = (shard.entry for shard in found)
     index = ShardIndex(entries, skips=skips, scanned=scanned, cache_shards=cache_shards, storage=storage)
     if index.num_samples == 0:
         raise ValueError(f"no samples in {list(urls)}{': ' + index.damage() if skips else ''}")
     return index
 
 
-_Found = tuple[ShardEntry, bytes | None, list[Skip]]
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """One shard, as it was found."""
+
+    entry: ShardEntry
+    skips: Sequence[Skip] = ()
+    """What is damaged."""
+    packed: bytes | None = None
+    """Its side file, compressed, where it need not be read later."""
+    sha256: str = ""
+    """Of the tar, by its index."""
+    is_late: bool = False
+    """Whether its storage says that it was written after its index."""
 
 
 def _open_url(url: str, storage: Storage) -> list[_Found]:
@@ -222,26 +182,46 @@ def _open_url(url: str, storage: Storage) -> list[_Found]:
 def _open_folder(url: str, storage: Storage) -> list[_Found]:
     """Index a folder: by its `index.json`, else by its tars in the order of their names."""
     folder = url.rstrip("/")
-    sizes = _list_folder(folder, url, storage)
-    if sizes is not None and INDEX_NAME not in sizes:
-        tars = [f"{folder}/{name}" for name in sorted(sizes) if name.endswith(".tar")]
+    rows = _list_folder(folder, url, storage)
+    if rows is not None and INDEX_NAME not in rows:
+        tars = [f"{folder}/{name}" for name in sorted(rows) if name.endswith(".tar")]
         if not tars:
             raise MissingShardError(f"{url}: no .tar shard in this folder")
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
             return list(pool.map(lambda tar: _open_tar(tar, storage), tars))
     shards = _read_index_json(storage.read_all(f"{folder}/{INDEX_NAME}"), url)
-    if sizes is not None:
-        missing = [f"{folder}/{shard['name']}" for shard in shards if shard["name"] not in sizes]
+    if rows is not None:
+        missing = [f"{folder}/{shard['name']}" for shard in shards if shard["name"] not in rows]
         _raise_missing(missing, f"of {len(shards)} that {folder}/{INDEX_NAME} lists")
-    found: list[_Found] = []
-    for shard in shards:
-        entry = ShardEntry(f"{folder}/{shard['name']}", shard["samples"], shard["bytes"])
-        found.append((entry, None, _compare_size(entry, sizes[shard["name"]] if sizes is not None else None)))
-    return found
+    indexed_at = written_at(rows[INDEX_NAME]) if rows is not None else 0.0
+    return [
+        _listed(folder, shard, rows[shard["name"]] if rows is not None else None, indexed_at)
+        for shard in shards
+    ]
 
 
-def _list_folder(folder: str, url: str, storage: Storage) -> dict[str, int | None] | None:
-    """Return the sizes of a folder's files by name, or None where an index is there and nothing can be listed.
+def _listed(
+    folder: str, shard: Mapping[str, Any], row: Mapping[str, Any] | None, indexed_at: float
+) -> _Found:
+    """Take one shard of an `index.json`; `row` is what the folder's listing says of it, if there is one."""
+    entry = ShardEntry(
+        url=f"{folder}/{shard['name']}",
+        samples=shard["samples"],
+        size=shard["bytes"],
+        headers=shard.get("headers", ""),
+        sha256=shard.get("sha256", "")[:DIGITS],
+        written=written_at(row) if row is not None else 0.0,
+    )
+    return _Found(
+        entry=entry,
+        skips=_compare_size(entry, row["size"] if row is not None else None),
+        sha256=shard.get("sha256", ""),
+        is_late=entry.written > indexed_at > 0,
+    )
+
+
+def _list_folder(folder: str, url: str, storage: Storage) -> dict[str, Mapping[str, Any]] | None:
+    """Return what is said of a folder's files by name, or None where an index is there and nothing can be listed.
 
     Web servers need not list folders; where they hold an index, that is enough.
     """
@@ -253,7 +233,7 @@ def _list_folder(folder: str, url: str, storage: Storage) -> dict[str, int | Non
         rows = storage.tried(lambda: fs.ls(path, detail=True), folder)
     except FileNotFoundError as error:
         raise MissingShardError(f"{url}: no such folder; give a folder that holds .tar shards") from error
-    return {str(row["name"]).rstrip("/").rsplit("/", 1)[-1]: row["size"] for row in rows}
+    return {str(row["name"]).rstrip("/").rsplit("/", 1)[-1]: row for row in rows}
 
 
 def _read_index_json(blob: bytes, url: str) -> list[dict[str, Any]]:
@@ -283,6 +263,28 @@ def _compare_size(entry: ShardEntry, size: int | None) -> list[Skip]:
     return [Skip(key="", shard=entry.url, cause="truncated shard", detail=detail)]
 
 
+def _compare_late(late: Sequence[_Found], storage: Storage) -> None:
+    """Compare shards that were written after their index with it, byte for byte.
+
+    A few were edited in place; many are a corpus that was copied without its times, which is not read for that.
+    """
+    if sum(shard.entry.size for shard in late) > _COMPARED_BYTES:
+        return
+
+    def digest(shard: _Found) -> str:
+        with storage.open(shard.entry.url, shard.entry.size) as file:
+            return _copy_digest(file, [])[0]
+
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        for shard, now in zip(late, pool.map(digest, late), strict=True):
+            if now != shard.sha256:
+                raise ValueError(
+                    f"{shard.entry.url} holds other bytes than its index says (SHA-256 {now}, not {shard.sha256}): it "
+                    "was changed after it was indexed; restore it, or make the index anew with "
+                    "data_pipeline.index.write_index"
+                )
+
+
 def _raise_missing(missing: list[str], among: str) -> None:
     """Raise the error that names missing shards, if there are any."""
     if missing:
@@ -295,25 +297,44 @@ def _raise_missing(missing: list[str], among: str) -> None:
 def _open_tar(url: str, storage: Storage) -> _Found:
     """Index one tar: by its side file where there is one, else by its headers, which the cache then keeps."""
     folder, _, name = url.rpartition("/")
-    size = storage.size(url)
+    size, written = storage.stat(url)
     side = f"{folder}/{side_name(name)}"
-    if storage.exists(side):
+    if (side_info := storage.find(side)) is not None:
         blob = storage.read_all(side)
         records, indexed_size = decode_side(blob)
-        entry = ShardEntry(url, len(records), indexed_size)
-        return entry, zlib.compress(blob, 1), _compare_size(entry, size)
+        entry = _entry(url, records, indexed_size, written)
+        return _Found(
+            entry=entry,
+            skips=_compare_size(entry, size),
+            packed=zlib.compress(blob, 1),
+            sha256=records.sha256,
+            is_late=written > written_at(side_info) > 0,
+        )
     fs, path = storage.open_fs(url)
     known_as = f"scan|{url}|{size}|{fs.ukey(path)}"
     packed = storage.cache.get(known_as) if storage.cache is not None else None
     if packed is not None:
         records, _ = decode_side(zlib.decompress(packed))
-        return ShardEntry(url, len(records), size), packed, []
+        return _Found(entry=_entry(url, records, size, written), packed=packed)
     with storage.open(url, size) as file:
-        scanned, skips = scan_tar(file, size, url)
-    packed = zlib.compress(encode_side(scanned, size), 1)
+        scanned, skips, headers = scan_tar(file, size, url)
+    blob = encode_side(scanned, size, headers=headers)
+    packed = zlib.compress(blob, 1)
     if storage.cache is not None and not skips:  # damage must be told again at every start
         storage.cache.put(known_as, packed)
-    return ShardEntry(url, len(scanned), size), packed, skips
+    return _Found(entry=_entry(url, decode_side(blob)[0], size, written), skips=skips, packed=packed)
+
+
+def _entry(url: str, records: SampleRecords, size: int, written: float) -> ShardEntry:
+    """Make the entry of a shard whose samples are known."""
+    return ShardEntry(
+        url=url,
+        samples=len(records),
+        size=size,
+        headers=records.headers,
+        sha256=records.sha256[:DIGITS],
+        written=written,
+    )
 
 
 def write_index(folder_url: str) -> ShardIndex:
@@ -332,16 +353,42 @@ def write_index(folder_url: str) -> ShardIndex:
     for name in names:
         size = int(fs.size(f"{path}/{name}"))
         with fs.open(f"{path}/{name}", "rb") as file:
-            records, skips = scan_tar(file, size, f"{folder}/{name}")
+            scanned, skips, headers = scan_tar(file, size, f"{folder}/{name}")
             if skips:
                 raise ValueError(
                     f"{skips[0].shard}: {skips[0].cause}, {skips[0].detail}; repair or remove it"
                 )
             file.seek(0)
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        fs.pipe_file(f"{path}/{side_name(name)}", encode_side(records, size))
-        shards.append({"name": name, "samples": len(records), "bytes": size, "sha256": digest.hexdigest()})
+            sha256, records = _copy_digest(file, scanned)
+        digests = {"sha256": sha256, "headers": headers}
+        fs.pipe_file(f"{path}/{side_name(name)}", encode_side(records, size, **digests))
+        shards.append({"name": name, "samples": len(records), "bytes": size, **digests})
     fs.pipe_file(f"{path}/{INDEX_NAME}", encode_index(shards))
     return open_index([folder_url])
+
+
+def _copy_digest(file: IO[bytes], samples: Sequence[SampleRecord]) -> tuple[str, list[SampleRecord]]:
+    """Read a shard once from its start, for its SHA-256 and the CRC-32 of the members of its samples."""
+    digest = hashlib.sha256()
+    crcs: dict[int, int] = {}
+
+    def take(count: int) -> Iterator[bytes]:
+        while count > 0 and (chunk := file.read(min(count, _CHUNK))):
+            digest.update(chunk)
+            count -= len(chunk)
+            yield chunk
+
+    at = 0
+    members = (member for sample in samples for member in sample.members.values())
+    for offset, size in sorted((member.offset, member.size) for member in members):
+        deque(take(offset - at), maxlen=0)
+        crc = 0
+        for chunk in take(size):
+            crc = zlib.crc32(chunk, crc)
+        crcs[offset], at = crc, offset + size
+    while deque(take(_CHUNK), maxlen=1):
+        pass
+    return digest.hexdigest(), [
+        SampleRecord(s.key, {e: replace(m, crc32=crcs[m.offset]) for e, m in s.members.items()})
+        for s in samples
+    ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
 from data_pipeline.errors import BadSampleError
 from data_pipeline.shards import Member, SampleRecord
 from data_pipeline.storage import Storage, StorageError
 
 _WHOLE_SAMPLE = 4 << 20
+_RESTORE = "restore the shard, or make the index anew with data_pipeline.index.write_index"
 
 
 class SampleReader:
@@ -20,6 +23,7 @@ class SampleReader:
         max_bytes: int,
         storage: Storage | None = None,
         shard_bytes: int | None = None,
+        version: str = "",
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -29,9 +33,11 @@ class SampleReader:
             max_bytes: largest member that is read.
             storage: how the shard is read.
             shard_bytes: size of the whole shard by its index; a local cache needs it.
+            version: name of the shard's content (`ShardEntry.version`), for the cache too.
         """
         self.url, self.record = url, record
-        self._max_bytes, self._storage, self._shard_bytes = max_bytes, storage or Storage(), shard_bytes
+        self._max_bytes, self._storage = max_bytes, storage or Storage()
+        self._shard_bytes, self._version = shard_bytes, version
         self._first = min(member.offset for member in record.members.values())
         self._end = max(member.offset + member.size for member in record.members.values())
         self._whole: bytes | None = None
@@ -48,8 +54,8 @@ class SampleReader:
             max_bytes: a smaller limit than the reader's.
 
         Raises:
-            BadSampleError: "missing member", "too large", "truncated shard"; fatal ones when the shard is
-                gone or its storage fails.
+            BadSampleError: "missing member", "too large", "truncated shard", "changed sample" when the bytes are
+                not those that were indexed; fatal ones when the shard is gone or its storage fails.
         """
         member = self.record.members.get(extension)
         if member is None:
@@ -58,19 +64,27 @@ class SampleReader:
         if member.size > most:
             raise BadSampleError("too large", f".{extension} has {member.size} bytes, at most {most}")
         if self._end - self._first > _WHOLE_SAMPLE:
-            return self._range(member)
-        if self._whole is None:
-            self._whole = self._range(Member(self._first, self._end - self._first), allow_short=True)
-        blob = self._whole[member.offset - self._first :][: member.size]
-        if len(blob) < member.size:
-            raise self._cut(extension, member, len(blob))
+            blob = self._range(member)
+        else:
+            if self._whole is None:
+                self._whole = self._range(Member(self._first, self._end - self._first), allow_short=True)
+            blob = self._whole[member.offset - self._first :][: member.size]
+            if len(blob) < member.size:
+                raise self._cut(extension, member, len(blob))
+        if member.crc32 is not None and zlib.crc32(blob) != member.crc32:
+            detail = f".{extension} of {self.url} is not what its index was made of; {_RESTORE}"
+            raise BadSampleError("changed sample", detail)
         return blob
 
     def _range(self, member: Member, *, allow_short: bool = False) -> bytes:
         """Read a range of the shard."""
         try:
             blob = self._storage.read(
-                self.url, member.offset, member.offset + member.size, size=self._shard_bytes
+                self.url,
+                member.offset,
+                member.offset + member.size,
+                size=self._shard_bytes,
+                version=self._version,
             )
         except FileNotFoundError as error:
             detail = f"{self.url} vanished; restore it or correct urls"

@@ -6,10 +6,10 @@ import tarfile
 from typing import IO
 
 from data_pipeline.batch import Skip
-from data_pipeline.shards import TAR_BLOCK, Member, SampleRecord
+from data_pipeline.shards import TAR_BLOCK, HeaderDigest, Member, SampleRecord
 
 
-def scan_tar(file: IO[bytes], size: int, url: str) -> tuple[list[SampleRecord], list[Skip]]:
+def scan_tar(file: IO[bytes], size: int, url: str) -> tuple[list[SampleRecord], list[Skip], str]:
     """Read the headers of a tar and group its members into samples.
 
     Members of a sample may stand apart: they are joined by their key, in the order in which keys first appear.
@@ -21,14 +21,18 @@ def scan_tar(file: IO[bytes], size: int, url: str) -> tuple[list[SampleRecord], 
         file: the tar, opened for reading and seekable.
         size: its size in bytes.
         url: its name in the skips.
+
+    Returns:
+        The samples, the skips, and the digest of the headers (`HeaderDigest`).
     """
-    groups = _Groups()
+    groups, digest = _Groups(), HeaderDigest()
     skips: list[Skip] = []
     fault, end = "", 0
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (the caller closes the file)
         while (header := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header for ever
+            digest.add(header, header.offset_data)
             if header.size < 0 or header.offset_data < end:
                 fault = f"{header.name} has an impossible size, {header.size}"
                 break  # following it would lead backwards, and round and round
@@ -53,7 +57,7 @@ def scan_tar(file: IO[bytes], size: int, url: str) -> tuple[list[SampleRecord], 
     if fault:
         detail = f"{fault}; the {len(samples)} samples before it are used"
         skips.append(Skip(key="", shard=url, cause="truncated shard", detail=detail))
-    return samples, skips
+    return samples, skips, digest.hexdigest()
 
 
 def split_name(name: str) -> tuple[str, str]:

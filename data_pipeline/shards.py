@@ -18,12 +18,14 @@ our own.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from types import TracebackType
 from typing import IO, Any, overload
@@ -46,6 +48,8 @@ class Member:
     """First byte of the data (not of the tar header)."""
     size: int
     """Number of bytes."""
+    crc32: int | None = field(default=None, compare=False)
+    """CRC-32 of the bytes when they were indexed; None where only headers were read, or by an older index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +65,35 @@ def side_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.json"
 
 
-def encode_side(samples: list[SampleRecord], size: int) -> bytes:
+class HeaderDigest:
+    """A hash of the tar headers of a shard: names, sizes, times and places of its members, in their order.
+
+    It is the same however the shard was indexed and wherever it lies, and differs when the tar was packed anew with
+    other files, though not when bytes of a member were changed in place.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no header."""
+        self._hash = hashlib.sha256()
+
+    def add(self, header: tarfile.TarInfo, offset: int) -> None:
+        """Take one header; `offset` is where its data begin."""
+        line = f"{header.name}\0{header.size}\0{float(header.mtime)}\0{offset}\n"
+        self._hash.update(line.encode("utf-8", "surrogateescape"))
+
+    def hexdigest(self) -> str:
+        """Return 16 hexadecimal digits."""
+        return self._hash.hexdigest()[:16]
+
+
+def encode_side(samples: Sequence[SampleRecord], size: int, *, headers: str = "", sha256: str = "") -> bytes:
     """Pack the offsets of one shard into compact JSON; extensions are written once and numbered.
 
     Args:
         samples: the samples of the shard in their order.
         size: bytes of the whole shard, by which a reader sees that the tar was cut or changed since.
+        headers: see `HeaderDigest`; "" where unknown.
+        sha256: of the whole shard, hexadecimal; "" where unknown.
     """
     numbers: dict[str, int] = {}
     rows: list[list[Any]] = []
@@ -75,7 +102,11 @@ def encode_side(samples: list[SampleRecord], size: int) -> bytes:
         for extension, member in sample.members.items():
             row += [numbers.setdefault(extension, len(numbers)), member.offset, member.size]
         rows.append(row)
-    document = {"version": INDEX_VERSION, "bytes": size, "extensions": list(numbers), "samples": rows}
+    document: dict[str, Any] = {"version": INDEX_VERSION, "bytes": size}
+    crcs = [member.crc32 for sample in samples for member in sample.members.values()]
+    if None not in crcs:
+        document["crc32"] = base64.b64encode(np.array(crcs, "<u4").tobytes()).decode()
+    document |= {"headers": headers, "sha256": sha256, "extensions": list(numbers), "samples": rows}
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -85,9 +116,25 @@ class SampleRecords(Sequence[SampleRecord]):
     A shard of 10^4 samples then costs a reader a third of the memory, and no time for those that it skips.
     """
 
-    def __init__(self, extensions: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Hold the rows of a side file: key, then number of the extension, offset and size of each member."""
-        self._extensions, self._rows = extensions, rows
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        """Hold a side file. A row of it: key, then number of the extension, offset and size of each member.
+
+        Raises:
+            KeyError: what every side file has is missing.
+            ValueError: there are more or fewer checksums than members.
+        """
+        self._extensions, self._rows = document["extensions"], document["samples"]
+        self.headers: str = document.get("headers", "")
+        """See `HeaderDigest`; "" in older files."""
+        self.sha256: str = document.get("sha256", "")
+        """SHA-256 of the shard, hexadecimal; "" in older files, and where only headers were read."""
+        self._crc32: np.ndarray | None = None
+        if "crc32" in document:
+            self._crc32 = np.frombuffer(base64.b64decode(document["crc32"]), "<u4")
+            # A row of m members has 1 + 3 m fields.
+            self._first = np.cumsum([0, *(len(row) // 3 for row in self._rows)])
+            if len(self._crc32) != self._first[-1]:
+                raise ValueError(f"{len(self._crc32)} checksums of {self._first[-1]} members")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,8 +147,12 @@ class SampleRecords(Sequence[SampleRecord]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         key, *flat = self._rows[number]
-        triples = zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
-        return SampleRecord(key, {self._extensions[e]: Member(offset, size) for e, offset, size in triples})
+        crcs: list[int | None] = [None] * (len(flat) // 3)
+        if self._crc32 is not None:
+            first = self._first[range(len(self))[number]]
+            crcs = self._crc32[first : first + len(crcs)].tolist()
+        fields = zip(flat[0::3], flat[1::3], flat[2::3], crcs, strict=True)
+        return SampleRecord(key, {self._extensions[e]: Member(*place) for e, *place in fields})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -119,14 +170,14 @@ def decode_side(blob: bytes) -> tuple[SampleRecords, int]:
         document = json.loads(blob)
         version = document["version"]
         if version == INDEX_VERSION:
-            return SampleRecords(document["extensions"], document["samples"]), int(document["bytes"])
+            return SampleRecords(document), int(document["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"damaged side file ({type(error).__name__}: {error}); {_REBUILD}") from error
     raise ValueError(f"side file of version {version}, this code reads version {INDEX_VERSION}; {_REBUILD}")
 
 
 def encode_index(shards: list[dict[str, Any]]) -> bytes:
-    """Pack `index.json`: one entry a shard with `name`, `samples`, `bytes`, `sha256`."""
+    """Pack `index.json`: one entry a shard with `name`, `samples`, `bytes`, `sha256`, `headers` (`HeaderDigest`)."""
     document = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
@@ -203,7 +254,7 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._samples: list[SampleRecord] = []
         self._file: IO[bytes] | None = None
-        self._sha = hashlib.sha256()
+        self._sha, self._headers = hashlib.sha256(), HeaderDigest()
         self._offset = 0
         self._closed = False
         self._prepare(folder_url, overwrite)
@@ -286,8 +337,9 @@ class ShardWriter:
         # PAX falls back on extra headers only for names that plain ustar cannot hold.
         head = header.tobuf(tarfile.PAX_FORMAT, "utf-8")
         offset = self._offset + len(head)
+        self._headers.add(header, offset)
         self._put(head + blob + b"\0" * (-len(blob) % TAR_BLOCK))
-        return Member(offset, len(blob))
+        return Member(offset, len(blob), zlib.crc32(blob))
 
     def _put(self, data: bytes) -> None:
         """Write raw bytes to the open shard, opening the next one when none is open."""
@@ -304,13 +356,9 @@ class ShardWriter:
         self._put(b"\0" * (2 * TAR_BLOCK))
         self._file.close()
         name = self._pattern % len(self._shards)
-        self._fs.pipe_file(f"{self._folder}/{side_name(name)}", encode_side(self._samples, self._offset))
-        self._shards.append(
-            {
-                "name": name,
-                "samples": len(self._samples),
-                "bytes": self._offset,
-                "sha256": self._sha.hexdigest(),
-            }
-        )
-        self._file, self._samples, self._offset, self._sha = None, [], 0, hashlib.sha256()
+        digests = {"sha256": self._sha.hexdigest(), "headers": self._headers.hexdigest()}
+        side = encode_side(self._samples, self._offset, **digests)
+        self._fs.pipe_file(f"{self._folder}/{side_name(name)}", side)
+        self._shards.append({"name": name, "samples": len(self._samples), "bytes": self._offset, **digests})
+        self._file, self._samples, self._offset = None, [], 0
+        self._sha, self._headers = hashlib.sha256(), HeaderDigest()

@@ -11,7 +11,9 @@ import io
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -27,6 +29,7 @@ _FINAL_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError)
 # Network libraries whose errors are not all OSErrors; told by name, so that none has to be installed.
 _NETWORK_PACKAGES = frozenset({"aiohttp", "aiobotocore", "botocore", "gcsfs", "s3fs", "requests", "urllib3"})
 _WORTH_TRYING_AGAIN = frozenset({408, 425, 429})
+_TIMES = ("mtime", "LastModified", "last_modified", "updated")  # local and SFTP, S3, Azure, Google
 _SECRETS = ("secret", "token", "password", "key")
 _Value = TypeVar("_Value")
 
@@ -112,7 +115,7 @@ class Storage:
             time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def read(self, url: str, start: int, stop: int, *, size: int | None = None) -> bytes:
+    def read(self, url: str, start: int, stop: int, *, size: int | None = None, version: str = "") -> bytes:
         """Read bytes start ... stop - 1 of a file, through the cache if there is one.
 
         Args:
@@ -120,6 +123,7 @@ class Storage:
             start: first byte.
             stop: one past the last byte.
             size: bytes of the whole file, where an index knows them; only then the cache is used.
+            version: name of the file's content; the cache gives nothing that was read of another.
 
         Returns:
             The bytes; fewer where the file ends before `stop`.
@@ -136,11 +140,12 @@ class Storage:
         parts = []
         for number in range(start // chunk, (stop - 1) // chunk + 1):
             first, last = number * chunk, min((number + 1) * chunk, size)
-            blob = self.cache.get(f"{url}|{size}|{chunk}|{number}")
+            known_as = f"{url}|{size}|{version}|{chunk}|{number}"
+            blob = self.cache.get(known_as)
             if blob is None:
                 blob = self._fetch(url, first, last)
                 if len(blob) == last - first:  # a file cut since it was indexed may be restored
-                    self.cache.put(f"{url}|{size}|{chunk}|{number}", blob)
+                    self.cache.put(known_as, blob)
             parts.append(blob[max(0, start - first) : stop - first])
             if len(blob) < last - first:
                 break
@@ -165,27 +170,31 @@ class Storage:
 
         return self.tried(attempt, url)
 
-    def size(self, url: str) -> int:
-        """Return the size of a file in bytes.
+    def stat(self, url: str) -> tuple[int, float]:
+        """Return the size of a file in bytes, and when it was written (`written_at`).
 
         Raises:
             FileNotFoundError: when there is no such file.
-            StorageError: when the file system cannot say.
+            StorageError: when the file system cannot say how large it is.
         """
         fs, path = self.open_fs(url)
-        size = self.tried(lambda: fs.size(path), f"size of {url}")
-        if size is None:
+        info = self.tried(lambda: fs.info(path), f"size of {url}")
+        if info.get("size") is None:
             raise StorageError(f"{url}: the server does not say how large it is, so ranges cannot be read")
-        return int(size)
+        return int(info["size"]), written_at(info)
 
     def exists(self, url: str) -> bool:
         """Whether a file is there."""
+        return self.find(url) is not None
+
+    def find(self, url: str) -> Mapping[str, Any] | None:
+        """Return what the file system says of a file, or None where there is none."""
         fs, path = self.open_fs(url)
         try:
-            self.tried(lambda: fs.info(path), url)
+            info: Mapping[str, Any] = self.tried(lambda: fs.info(path), url)
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return info
 
     def open(self, url: str, size: int) -> IO[bytes]:
         """Open a file of known size for reading and seeking, each range retried by itself."""
@@ -213,6 +222,24 @@ class Storage:
             return blob
 
         return self.tried(attempt, f"{url} bytes {start}-{stop}")
+
+
+def written_at(info: Mapping[str, Any]) -> float:
+    """Return when a file was last written, by what its file system says of it.
+
+    Args:
+        info: `fs.info`, or a row of `fs.ls`, of a local folder or an object store.
+
+    Returns:
+        Unix seconds; 0 where it does not say, as web servers do not in a listing.
+    """
+    when = next((info[name] for name in _TIMES if info.get(name) is not None), 0)
+    if isinstance(when, str):
+        with suppress(ValueError):
+            when = datetime.fromisoformat(when)
+    if isinstance(when, datetime):
+        return when.timestamp()
+    return float(when) if isinstance(when, int | float) else 0.0
 
 
 def _read_local(path: str, start: int, stop: int) -> bytes:

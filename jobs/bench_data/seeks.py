@@ -39,7 +39,7 @@ class SyntheticStorage(Storage):
         self.reads += 1
         return self._side
 
-    def read(self, url: str, start: int, stop: int, *, size: int | None = None) -> bytes:
+    def read(self, url: str, start: int, stop: int, *, size: int | None = None, version: str = "") -> bytes:
         """Return bytes of the one sample."""
         self.reads += 1
         return self._sample[start:stop]

@@ -174,7 +174,7 @@ class SyntheticStorage(Storage):
         self.reads.append(url)
         return self._side
 
-    def read(self, url: str, start: int, stop: int, *, size: int | None = None) -> bytes:
+    def read(self, url: str, start: int, stop: int, *, size: int | None = None, version: str = "") -> bytes:
         self.reads.append(url)
         return self._bytes[start:stop]
 

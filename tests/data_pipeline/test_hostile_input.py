@@ -302,7 +302,7 @@ def test_a_size_below_zero_ends_the_scan() -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     blob = bytes(header) + bytes(1024)
-    records, skips = scan_tar(io.BytesIO(blob), len(blob), "x.tar")
+    records, skips, _ = scan_tar(io.BytesIO(blob), len(blob), "x.tar")
     assert records == []
     assert [skip.cause for skip in skips] == ["truncated shard"]
 

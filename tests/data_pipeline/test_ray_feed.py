@@ -101,6 +101,11 @@ def test_ray_and_local_feeds_agree(shared: RayPipeline) -> None:
     state["datasets"]["docs"]["seed"] = 4
     with pytest.raises(ResumeError, match=r"docs\.seed was 4, is 3"):
         feeds[0, 1].check_state(state)
+    state = json.loads(json.dumps(feeds[0, 0].state(4)))
+    then = state["datasets"]["docs"]["evidence"]["sha256"]
+    then["sums"] = [number + 5 for number in then["sums"]]  # as if shard number 1 had held something else
+    with pytest.raises(ResumeError, match=r"docs: \S+docs/shard-000001.tar was changed since the checkpoint"):
+        feeds[0, 1].check_state(state)
 
 
 def test_peers_share_one_object_and_memory_is_bounded(shared: RayPipeline) -> None:
