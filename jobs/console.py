@@ -263,3 +263,10 @@ def _number(value: float | None) -> float:
 def _text(form: str, value: float) -> str:
     """Format a figure; NaN, which stands for one that was not reported, as nothing."""
     return "" if math.isnan(value) else form.format(value)
+
+
+def first_line(error: BaseException, *, kind: bool = False) -> str:
+    """Return the first line of what an error says, after its kind if that is wanted; its kind where it says nothing."""
+    name = type(error).__name__
+    said = next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "")
+    return f"{name}: {said}" if kind and said else said or name

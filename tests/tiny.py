@@ -1,8 +1,10 @@
 """A tiny network and batches for tests, equal on every layout."""
 
+from typing import Any
+
 import torch
 
-from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig, FlamingoOutput
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.init import ParamTag
 from flamingo_dist.models.lm_config import LMConfig
@@ -74,6 +76,11 @@ def batch(name: str, step: int, *, rows: int = 4) -> TrainBatch:
     return TrainBatch(
         tokens_BT=tokens, loss_mask_BT=mask, media_index_BT=index, media=pixels, media_mask_BM=media_mask
     )
+
+
+def forward(model: Flamingo, given: TrainBatch, **more: Any) -> FlamingoOutput:
+    """The network on a batch; `more` goes to its `forward` too."""
+    return model(given.tokens_BT, given.media_index_BT, given.media, given.media_mask_BM, **more)
 
 
 def local(whole: TrainBatch, topology: Topology) -> TrainBatch:

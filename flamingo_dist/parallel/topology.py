@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -174,17 +173,20 @@ def destroy_groups() -> None:
 
 
 @contextmanager
-def single_process() -> Iterator[Topology]:
+def single_process(device_type: str = "cpu") -> Iterator[Topology]:
     """Give a one-process world to code that needs groups, such as generation from a checkpoint.
+
+    Args:
+        device_type: on "cuda" collectives go through NCCL, since gloo moves what they take through the CPU.
 
     Yields:
         The topology, world 1.
     """
-    store = torch._C._distributed_c10d.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     topology = Topology(world=1, rank=0, tensor=1)
-    init_groups(topology)
     try:
+        init_groups(topology)
         yield topology
     finally:
         destroy_groups()

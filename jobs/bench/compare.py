@@ -13,6 +13,7 @@ from jobs.bench.contender import Built, Contender, Function, LeftOutError
 from jobs.bench.roofline import MODES, Cost, Mode
 from jobs.bench.rows import Row
 from jobs.bench.timing import Clock
+from jobs.console import first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def _one(
     except torch.cuda.OutOfMemoryError:
         return [replace(base, mode=mode, reason="out of memory") for mode in modes]
     except Exception as error:  # whatever a baseline's compiler raises: it is a result, not an end
-        return [replace(base, mode=mode, reason=first_line(error)) for mode in modes]
+        return [replace(base, mode=mode, reason=first_line(error, kind=True)) for mode in modes]
     wrong = verdict(errors, subject.tolerance)
     base = replace(base, worst_error=max(errors.values()), note=built.note)
     if wrong:
@@ -91,7 +92,7 @@ def _one(
         try:
             rows.append(_timed(subject, built, row, mode, clock, copy_rate))
         except RuntimeError as error:  # out of memory is one
-            rows.append(replace(row, reason=first_line(error)))
+            rows.append(replace(row, reason=first_line(error, kind=True)))
     return rows
 
 
@@ -175,9 +176,3 @@ def _saved_mb(built: Built, case: Case) -> float | None:
         return None
     del outputs
     return sum(saved.values()) / 1e6
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flamingo_dist.models.flamingo import FlamingoConfig
-from flamingo_dist.parallel.topology import ParallelConfig, Topology
+from flamingo_dist.parallel.topology import ParallelConfig, Topology, single_process
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
 from flamingo_dist.training.optimizer import make_optimizer, set_lr
@@ -24,7 +24,6 @@ from jobs.bench.networks import (
     build,
     make_batch,
     nll_sum,
-    one_process,
     smoke_network,
     with_implementation,
 )
@@ -80,7 +79,7 @@ def run_losses(config: LossesConfig) -> dict[str, Any]:
     # The encoder's convolutions would be in TF32 by default, which alone is 1e-3.
     torch.backends.cudnn.allow_tf32 = False
     left_out = "" if importlib.util.find_spec("deepspeed") else "DeepSpeed is not installed"
-    with one_process(config.device):
+    with single_process(config.device.type):
         wanted = _train(config, "reference", torch.device("cpu"))
         runs = {"kernels": _train(config, "triton", config.device)}
         if not left_out:

@@ -4,13 +4,10 @@ The sizes are those of the recipes `smoke` and `flamingo_3b`, `_9b` and `_80b` (
 themselves need the data pipeline, which a machine that only measures may lack.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
@@ -19,7 +16,6 @@ from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.recompute import Recompute
 from flamingo_dist.models.resampler import ResamplerConfig
 from flamingo_dist.models.vision import VisionConfig
-from flamingo_dist.parallel.topology import Topology, destroy_groups, init_groups
 from flamingo_dist.training.batch import TrainBatch
 from jobs.bench.layers import fill
 
@@ -198,7 +194,7 @@ def build(
 ) -> Flamingo:
     """Return the network on `device`, filled from its parameters' names and the seed alone.
 
-    Megatron's groups must be initialised (`one_process`).
+    Megatron's groups must be initialised (`single_process`).
 
     Args:
         config: the network.
@@ -219,22 +215,6 @@ def build(
             values = draw(name, tag_of(parameter), parameter.shape, seed=seed, tp_rank=0, tp_size=1)
             parameter.copy_(values)
     return model
-
-
-@contextmanager
-def one_process(device: torch.device) -> Iterator[None]:
-    """Give Megatron the groups that it asks for, in a world of this process alone.
-
-    On CUDA collectives go through NCCL: gloo would move the head's through the CPU in every step.
-    """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    init_groups(Topology(world=1, rank=0, tensor=1))
-    try:
-        yield
-    finally:
-        destroy_groups()
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)

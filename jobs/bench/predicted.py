@@ -11,7 +11,7 @@ from flamingo_dist.planning.stand_ins import fake_rank
 from flamingo_dist.training.config import OptimizerConfig
 from flamingo_dist.training.optimizer import make_optimizer
 from jobs.bench.networks import make_batch, nll_sum, with_implementation
-from jobs.bench.step import StepConfig
+from jobs.bench.step import StepConfig, update
 
 
 def predicted_peak(config: StepConfig, name: str, contender: str) -> int:
@@ -34,7 +34,5 @@ def predicted_peak(config: StepConfig, name: str, contender: str) -> int:
         for step in range(2):
             if step:
                 ledger.reset()
-            (nll_sum(network, batch, targets_BT) / loss_tokens).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update(nll_sum(network, batch, targets_BT) / loss_tokens, optimizer)
     return ledger.peak_bytes

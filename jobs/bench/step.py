@@ -16,13 +16,13 @@ from flamingo_dist.models.fp8_product import check_fp8_device
 from flamingo_dist.models.linear import quantise_
 from flamingo_dist.models.ranges import part
 from flamingo_dist.models.recompute import Recompute
+from flamingo_dist.parallel.topology import single_process
 from flamingo_dist.planning.flops import dataset_flops
 from flamingo_dist.planning.workload import DatasetShape
 from flamingo_dist.training.batch import TrainBatch
 from flamingo_dist.training.config import OptimizerConfig
 from flamingo_dist.training.optimizer import make_optimizer
 from jobs.bench import idefics
-from jobs.bench.compare import first_line
 from jobs.bench.contender import LeftOutError
 from jobs.bench.networks import (
     IDEFICS,
@@ -31,13 +31,13 @@ from jobs.bench.networks import (
     make_batch,
     network,
     nll_sum,
-    one_process,
     with_encoder,
     with_implementation,
 )
 from jobs.bench.profiling import Line, profile_step, write_profile
 from jobs.bench.rows import Results, Row, environment
 from jobs.bench.timing import Clock, matmul_rate
+from jobs.console import first_line
 from kernels.config import can_launch
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -140,7 +140,7 @@ def run_step(config: StepConfig, after_row: Callable[[Results], None] = lambda _
     )
     results = Results(environment=about, rows=[])
     lines: list[Line] = []
-    with one_process(config.device):
+    with single_process(config.device.type):
         for name in config.chosen:
             for row in _compare(config, name, _contenders(config, name), clock, peak, lines):
                 results.rows.append(row)
@@ -173,7 +173,7 @@ def _compare(
             yield replace(blank, reason="out of memory: fewer --layers or --rows")
             continue
         except Exception as error:  # whatever another's classes raise: it is a result, not an end
-            yield replace(blank, reason=first_line(error))
+            yield replace(blank, reason=first_line(error, kind=True))
             continue
         finally:
             _release(config.device)
@@ -218,6 +218,15 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
     )  # fmt: skip
 
 
+def update(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Go backward from a loss, shape [], and update the weights; return it without its graph."""
+    loss.backward()
+    with part("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 class _Step:
     """One optimizer step of a network on a batch that stays; a call returns the loss, 0-dim."""
 
@@ -259,12 +268,7 @@ class _Step:
         self.optimizer = make_optimizer(self.network.named_parameters(), OptimizerConfig(lr=1e-4))
 
     def __call__(self) -> Tensor:
-        loss = self._loss_sum() / self.tokens
-        loss.backward()
-        with part("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return update(self._loss_sum() / self.tokens, self.optimizer)
 
     def fetch_and_run(self) -> Tensor:
         """Copy the batch from the host and run a step on it, as training does."""

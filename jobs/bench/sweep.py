@@ -10,7 +10,7 @@ import torch
 
 from jobs.bench import layers, others, xattn
 from jobs.bench.cases import make_case
-from jobs.bench.compare import compare, core_subject, first_line
+from jobs.bench.compare import compare, core_subject
 from jobs.bench.contender import Contender
 from jobs.bench.roofline import MODES, cost
 from jobs.bench.rows import Results, Row, environment
@@ -28,6 +28,7 @@ from jobs.bench.shapes import (
     sweep,
 )
 from jobs.bench.timing import Clock, copy_bandwidth
+from jobs.console import first_line
 
 Level = Literal["core", "layer"]
 LEVELS: tuple[Level, ...] = ("core", "layer")
@@ -187,7 +188,7 @@ def run_task(task: Task, config: SweepConfig, clock: Clock, copy_rate: float) ->
             assert isinstance(task.shape, XattnShape | PerceiverShape)
             subject = layers.layer_subject(task.shape, config.device, config.dtype, blank)
     except Exception as error:  # out of memory, or a layer that cannot be built: never the end of the sweep
-        why = f"no fp64 reference, and what is not checked is not timed: {first_line(error)}"
+        why = f"no fp64 reference, and what is not checked is not timed: {first_line(error, kind=True)}"
         return [_left_out(blank, contender, why) for contender in contenders]
     finally:
         gc.collect()

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from jobs.bench.cases import make_case
 from jobs.bench.checking import error_of
-from jobs.bench.compare import first_line
 from jobs.bench.roofline import cost
 from jobs.bench.rows import environment
 from jobs.bench.shapes import PERCEIVER, TINY, XATTN, PerceiverShape, Shape, XattnShape
 from jobs.bench.timing import Clock, copy_bandwidth
+from jobs.console import first_line
 from kernels.gated_xattn import op as xattn
 from kernels.gated_xattn.tiles import Tile
 from kernels.perceiver_attn import op as perceiver
@@ -138,7 +138,7 @@ def compile_one(trial: Trial) -> str:
             call_of(trial, shape, torch.device("cuda"))()
             torch.cuda.synchronize()
     except Exception as error:  # out of shared memory, or a compiler's own: a result
-        return first_line(error)
+        return first_line(error, kind=True)
     return ""
 
 
@@ -173,7 +173,7 @@ def time_some(some: Sequence[Trial], device: torch.device, seconds: float) -> li
                 )
                 row["ms"] = clock.measure(call).median
         except Exception as error:  # out of shared memory, a compiler's own, or an illegal address: a result
-            row["why"] = first_line(error)
+            row["why"] = first_line(error, kind=True)
             if "illegal" in row["why"]:
                 break
             continue

@@ -8,7 +8,8 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.tokenizer import TokenizerConfig
 from jobs.config import RunConfig
-from jobs.doctor.findings import Finding, fail, first_line, ok, warn
+from jobs.console import first_line
+from jobs.doctor.findings import Finding, fail, ok, warn
 from jobs.doctor.weights import ATTEMPTS, check_all_weights
 
 
@@ -38,7 +39,7 @@ def check_dataset(run: RunConfig, dataset: DatasetConfig) -> list[Finding]:
         return [fail(check, first_line(error), remedy)]
     except Exception as error:  # file systems raise errors of libraries that need not be installed
         remedy = f"check {setting}, credentials and endpoint"
-        return [fail(check, f"{type(error).__name__}: {first_line(error)}", remedy)]
+        return [fail(check, first_line(error, kind=True), remedy)]
     return _compare(run, dataset, index, check)
 
 

@@ -68,8 +68,3 @@ def lines(findings: Iterable[Finding]) -> list[str]:
         place = f" [{', '.join(named)}]" if named else ""
         written.append(f"{level:4}  {check}{place}: {says}" + (f" -> {remedy}" if remedy else ""))
     return written
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

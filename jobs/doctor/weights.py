@@ -11,7 +11,8 @@ from flamingo_dist.models.weights.ranges import RangeFile
 from flamingo_dist.models.weights.safetensors import SafetensorsSource
 from flamingo_dist.planning.empty import empty_network
 from flamingo_dist.planning.hardware import GIB
-from jobs.doctor.findings import Finding, fail, first_line, ok
+from jobs.console import first_line
+from jobs.doctor.findings import Finding, fail, ok
 
 ATTEMPTS = 2
 """Times that a read is tried: a run is patient with a busy storage, the doctor is not."""

@@ -68,8 +68,7 @@ def test_forward_and_backward_ask_the_device_nothing(monkeypatch):
         for known in (True, False):
             counts = {"num_media": batch.num_media(), "num_targets": batch.num_loss_tokens()} if known else {}
             with Questions() as questions:
-                given = (batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM)
-                loss = model(*given, targets_BT=batch.targets(), **counts).nll_BT
+                loss = tiny.forward(model, batch, targets_BT=batch.targets(), **counts).nll_BT
                 loss.sum().backward()
             grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             model.zero_grad(set_to_none=True)

@@ -117,12 +117,11 @@ def test_probes_and_generation_compile_nothing():
         model.compile_frozen("aot_eager")
         counters.clear()
         batch = tiny.batch("docs", 0)
-        given = (batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM)
         with torch.no_grad():
-            model(*given, targets_BT=batch.targets())
-        model(*given, cache=model.new_cache())
+            tiny.forward(model, batch, targets_BT=batch.targets())
+        tiny.forward(model, batch, cache=model.new_cache())
         assert counters["stats"]["unique_graphs"] == 0
-        model(*given, targets_BT=batch.targets())
+        tiny.forward(model, batch, targets_BT=batch.targets())
         assert counters["stats"]["unique_graphs"] == 1
 
 

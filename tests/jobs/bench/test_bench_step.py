@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flamingo_dist.parallel.topology import single_process
 from jobs.bench import idefics, networks
 from jobs.bench.predicted import predicted_peak
 from jobs.bench.rows import read
@@ -45,7 +46,7 @@ def test_a_contender_that_raises_does_not_end_the_run(monkeypatch):
 
 def test_weights_drawn_on_the_device_are_the_same_for_every_contender():
     config = networks.network("smoke")
-    with networks.one_process(CPU):
+    with single_process():
         models = [
             networks.build(config, torch.float32, CPU, seed=seed, draw_there=True) for seed in (0, 0, 1)
         ]

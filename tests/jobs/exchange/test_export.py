@@ -51,8 +51,7 @@ def run_config() -> RunConfig:
 
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
-    batch = tiny.batch("docs", 9)
-    return model(batch.tokens_BT, batch.media_index_BT, batch.media, batch.media_mask_BM).logits_BTV
+    return tiny.forward(model, tiny.batch("docs", 9)).logits_BTV
 
 
 def train(topology: Topology, folder: str) -> torch.Tensor:

@@ -42,10 +42,10 @@ def saved_bytes(pixels):
         parallel = ParallelConfig(zero_stage=0)
         model = build_model(config, parallel, topology, dtype=torch.float32, seed=7)
         batch = tiny.batch("docs", 0)
-        media, sizes = batch.media, {}
+        sizes = {}
         if not pixels:
-            frames = media.flatten(0, 2)
-            media = model.vision(frames).unflatten(0, media.shape[:3])
+            features = model.vision(batch.media.flatten(0, 2)).unflatten(0, batch.media.shape[:3])
+            batch = replace(batch, media=features)
         calls = []
         model.vision.register_forward_hook(lambda module, given, result: calls.append(result))
 
@@ -54,9 +54,7 @@ def saved_bytes(pixels):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(
-                batch.tokens_BT, batch.media_index_BT, media, batch.media_mask_BM, targets_BT=batch.targets()
-            )
+            out = tiny.forward(model, batch, targets_BT=batch.targets())
         out.nll_BT.sum().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return sum(sizes.values()), grads, calls
