@@ -6,13 +6,17 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from data_pipeline.cache import LocalCache
 from data_pipeline.media import MediaConfig
 from data_pipeline.schedule import WeightSchedule
 from data_pipeline.storage import Storage
 
+_Kind = Literal["pair", "interleaved", "video"]
+_Mode = Literal["train", "eval"]
+_Media = Literal["pixels", "features"]
+_KINDS, _MODES, _MEDIA = get_args(_Kind), get_args(_Mode), get_args(_Media)
 _FREE_FIELDS = frozenset(
     {
         "urls",
@@ -41,7 +45,7 @@ class DatasetConfig(MediaConfig):
 
     name: str
     """Unique name; part of every random draw and of the metrics."""
-    kind: Literal["pair", "interleaved", "video"]
+    kind: _Kind
     """Layout of the samples, see `data_pipeline.shards`."""
     urls: tuple[str, ...]
     """Folders, `.tar` files, brace patterns or globs, on any fsspec file system."""
@@ -51,7 +55,7 @@ class DatasetConfig(MediaConfig):
     """Lambda, the weight of the data set's loss (paper: M3W 1.0, ALIGN 0.2, LTIP 0.2, VTP 0.03)."""
     weight_schedule: WeightSchedule = field(default_factory=WeightSchedule)
     """Lambda by step, in place of `weight`; without points, `weight` stays."""
-    mode: Literal["train", "eval"] = "train"
+    mode: _Mode = "train"
     """"eval": fixed order, no augmentation, phi to the previous image, first caption, window at the start."""
     seq_len: int = 64
     """T, tokens a sample (paper: 256 for documents, 32 or 64 for pairs, 32 for video)."""
@@ -64,7 +68,7 @@ class DatasetConfig(MediaConfig):
     """M, media a sample (paper: 5 for documents, 1 else)."""
     frames: int = 1
     """F, frames a medium (paper: 8 for video, 1 else)."""
-    media: Literal["pixels", "features"] = "pixels"
+    media: _Media = "pixels"
     """"features": members hold float16 [F, S, C] of a frozen encoder instead of images."""
     num_features: int | None = None
     """S, spatial positions of a frame; for features only."""
@@ -103,6 +107,11 @@ class DatasetConfig(MediaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, allowed in {"kind": _KINDS, "mode": _MODES, "media": _MEDIA}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} of data set {self.name!r}: choose one of {', '.join(allowed)}"
+                )
         self._check_counts()
         if isinstance(cast(object, self.urls), str):
             raise ValueError(

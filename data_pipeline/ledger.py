@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class Ledger:
         if self._path is None or not self._path.exists():
             return set()
         written = set()
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text("utf-8", errors="replace").splitlines():
             try:
                 written.add(_identity(Skip(**json.loads(line))))
             except (ValueError, TypeError):
@@ -79,8 +80,11 @@ class Ledger:
                 lines.append(json.dumps(dataclasses.asdict(skip), ensure_ascii=False) + "\n")
         if lines and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            with self._path.open("a+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                if file.read(1) not in (b"", b"\n"):  # a crash cut the last line
+                    lines.insert(0, "\n")
+                file.write("".join(lines).encode())
 
     def verdict(self) -> str | None:
         """Return why the run must stop, or None."""

@@ -48,6 +48,7 @@ class TokenizerConfig:
         else:
             loaded = Tokenizer.bytes_level(self.vocab_size or _BYTES + 3)
         if self.bos_id is not None:
+            loaded.check_id("bos_id", self.bos_id)
             loaded.bos_id = self.bos_id
         return loaded
 
@@ -80,16 +81,32 @@ class Tokenizer:
         Raises:
             ValueError: when an id does not fit the vocabulary.
         """
-        for name, number in {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}.items():
-            if not 0 <= number < vocab_size:
-                raise ValueError(
-                    f"{name} {number} is outside the vocabulary of {vocab_size}; check vocab_size"
-                )
         self._backend = backend
         self.vocab_size, self.bos_id, self.eos_id, self.pad_id = vocab_size, bos_id, eos_id, pad_id
         self.image_id, self.eoc_id = vocab_size, vocab_size + 1
+        for name, number in {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}.items():
+            self.check_id(name, number)
         if backend is not None:
             backend.encode_special_tokens = True
+            # Control tokens, which text never gives, may lie outside: fine-tuners add a padding token.
+            control = {
+                number for number, token in backend.get_added_tokens_decoder().items() if token.special
+            }
+            last = max(
+                (n for n in backend.get_vocab(with_added_tokens=True).values() if n not in control), default=0
+            )
+            if last >= vocab_size:
+                raise ValueError(
+                    f"text gives ids up to {last}, outside the vocabulary of {vocab_size}, where <image> and <EOC> "
+                    "lie; check vocab_size, or take the language model's own tokenizer"
+                )
+
+    def check_id(self, name: str, number: int) -> None:
+        """Raise `ValueError` unless `number`, which is called `name`, is an id of the language model's vocabulary."""
+        if not 0 <= number < self.vocab_size:
+            raise ValueError(
+                f"{name} {number} is outside the vocabulary of {self.vocab_size}; check vocab_size"
+            )
 
     @classmethod
     def from_gguf(cls, path: str | Path, *, vocab_size: int | None = None) -> Tokenizer:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from flamingo_dist.choices import check_choices
 from flamingo_dist.models.recompute import Recompute
 
 
@@ -44,6 +45,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Reject combinations that mean nothing."""
+        check_choices(self, "parallel.")
         if self.micro_rows < 0:
             raise ValueError(
                 f"parallel.micro_rows is {self.micro_rows}, but must be at least 1, or 0 for all rows."

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from flamingo_dist.from_json import json_object
 
 MANIFEST = "manifest.json"
 """Written last: a folder without it is not a checkpoint."""
@@ -18,6 +21,8 @@ FORMAT = 2
 """Version of what a checkpoint holds; 1 were DeepSpeed's own files, which only their layout could read."""
 CHANGEABLE = ("train.optimizer.", "weights.")
 """Beginnings of the settings that a resume may change when it is told to, by their names below `run`."""
+
+_STEP = re.compile(r"step-\d{8,}")
 
 
 class CheckpointError(ValueError):
@@ -29,14 +34,19 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def partial_folder(final: Path) -> Path:
     """Return the hidden folder that a checkpoint is written in until it is complete."""
     return final.parent / f".partial-{final.name}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
+    """Return the complete checkpoints in `folder`, oldest first; copies under names of their own are none of them."""
+    there = (p.parent for p in folder.glob(f"step-*/{MANIFEST}"))
+    return sorted((path for path in there if _STEP.fullmatch(path.name)), key=_step_of)
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -89,7 +99,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in list_checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
+        if _step_of(path) > step:
             place = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(place, ignore_errors=True)
             moved.append(path.rename(place))
@@ -100,11 +110,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint at `path`.
 
     Raises:
-        CheckpointError: there is none, or it is of another version of the format.
+        CheckpointError: there is none, it is damaged, or of another version of the format.
     """
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.")
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    try:
+        manifest = json_object((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+    except ValueError as error:
+        raise CheckpointError(f"{error} Resume from another checkpoint.") from error
     found = manifest.get("format", 1)
     if found != FORMAT:
         raise CheckpointError(

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from flamingo_dist.choices import check_choices
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LEAST = {
     "steps": 1,
@@ -46,6 +48,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Reject values that train nothing, or train wrongly without a word."""
+        check_choices(self, "train.optimizer.")
         if not 0 < self.lr < math.inf or self.warmup_steps < 0:
             raise ValueError(
                 f"lr={self.lr} must be positive and warmup_steps={self.warmup_steps} not negative."
@@ -124,6 +127,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject values that mean nothing."""
+        check_choices(self, "train.")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least {least}.")

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Skip
 from data_pipeline.config import DatasetConfig
 from data_pipeline.dataset import DatasetStream
 from data_pipeline.errors import BadDataError, MissingShardError
 from data_pipeline.feed import LocalFeed
 from data_pipeline.index import open_index, write_index
+from data_pipeline.ledger import Ledger
 from data_pipeline.shards import ShardWriter
 from data_pipeline.tokenizer import TokenizerConfig
 from tests.data_pipeline.corpora import pairs_config, picture, write_pairs
@@ -139,6 +140,20 @@ def test_skips_are_counted_and_written_down_once(tmp_path: Path) -> None:
     # A run that is continued adds only what it meets anew.
     LocalFeed([config], BYTES, seed=0, quarantine=quarantine).next(1)
     assert len(quarantine.read_text().splitlines()) == 4
+
+
+def test_a_quarantine_cut_by_a_crash_is_gone_on_with(tmp_path: Path) -> None:
+    """Cut in the middle of a character, it could not be read any more, and the next line was written onto its end."""
+    file = tmp_path / "quarantine.jsonl"
+    config = pairs_config(tmp_path)
+    first, second, third = (Skip(key=f"ä{n}", shard="s", cause="c", position=n) for n in range(3))
+    Ledger([config], file).record("pairs", 3, [first, second])
+    blob = file.read_bytes()
+    file.write_bytes(blob[: blob.rindex("ä".encode()) + 1])
+    Ledger([config], file).record("pairs", 3, [first, second, third])
+    lines = file.read_text(errors="replace").splitlines()
+    assert [json.loads(line)["key"] for line in (lines[0], *lines[2:])] == ["ä0", "ä1", "ä2"]
+    assert len(lines) == 4
 
 
 def test_the_budget_stops_the_run(tmp_path: Path) -> None:

@@ -252,3 +252,10 @@ def test_tokenizers_of_both_forms_agree(pairs: Make) -> None:
     b = DatasetStream(pairs(), Tokenizer.bytes_level(), 0)
     assert same(a.batch(0), b.batch(0))
     assert a.describe() == b.describe()
+
+
+@pytest.mark.parametrize(("name", "value"), [("kind", "pairs"), ("mode", "training"), ("media", "pixel")])
+def test_a_misspelt_choice_is_refused(name: str, value: str) -> None:
+    """A recipe is Python: nobody else looks at its strings, and another branch ran without a word."""
+    with pytest.raises(ValueError, match=f"{name} '{value}' of data set 'pairs': choose one of"):
+        pairs_config("x", **{name: value})

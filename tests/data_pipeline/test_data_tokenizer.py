@@ -142,3 +142,20 @@ def test_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_bad_configurations(settings: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="need a path"):
         TokenizerConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bos_id", [-1, 259, 10**6])
+def test_a_first_token_outside_the_vocabulary_is_refused(bos_id: int) -> None:
+    """259 would be `<image>`."""
+    with pytest.raises(ValueError, match=f"bos_id {bos_id} is outside the vocabulary of 259"):
+        TokenizerConfig(bos_id=bos_id).load()
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Text would come out as `<image>` and `<EOC>`, which lie behind the vocabulary."""
+    write_gguf(tmp_path / "m.gguf")
+    tokens = Tokenizer.from_gguf(tmp_path / "m.gguf").vocab_size
+    with pytest.raises(
+        ValueError, match=f"text gives ids up to {tokens - 1}, outside the vocabulary of {tokens - 1}"
+    ):
+        Tokenizer.from_gguf(tmp_path / "m.gguf", vocab_size=tokens - 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from flamingo_dist.parallel.topology import ParallelConfig
 from flamingo_dist.training.config import OptimizerConfig, TrainConfig
 
 
@@ -86,3 +87,22 @@ def test_a_fall_may_end_at_nothing_and_start_at_once():
 def test_a_fall_that_means_nothing_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
         OptimizerConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (TrainConfig, "reduction", "avg"),
+        (TrainConfig, "mixing", "round-robin"),
+        (TrainConfig, "dtype", "fp16"),
+        (OptimizerConfig, "decay", "cosin"),
+        (ParallelConfig, "frozen", "residnt"),
+        (ParallelConfig, "zero_stage", 4),
+        (ParallelConfig, "activation_checkpointing", "selectiv"),
+    ],
+)
+def test_a_misspelt_choice_is_refused(kind, name, value):
+    """A recipe is Python: nobody else looks at its strings, and another branch ran without a word."""
+    needed = {TrainConfig: {"steps": 3}, OptimizerConfig: {"decay_steps": 5}}.get(kind, {})
+    with pytest.raises(ValueError, match=rf"{name}={value!r} is not known; choose one of "):
+        kind(**needed, **{name: value})
