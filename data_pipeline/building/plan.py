@@ -15,7 +15,7 @@ from data_pipeline.building.config import BuildConfig
 from data_pipeline.errors import MissingShardError
 from data_pipeline.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same sources and configuration would give other bytes."""
 _PAGES = (".html", ".htm", ".xhtml")
 _ENDINGS: dict[str, tuple[str, ...]] = {

@@ -106,7 +106,8 @@ def encode_frames(blobs: Sequence[bytes], config: BuildConfig) -> bytes:
         rate = round(config.video.fps * 1000)
         stream = container.add_stream("libx264", rate=_fraction(rate))
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18", "flags": "+bitexact"}
+        # With x264's macroblock tree, bytes hang on what else the process and the machine do (docs/decisions.md).
+        stream.options = {"crf": "18", "flags": "+bitexact", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1  # threads change what the encoder decides
         for blob in blobs:
             image = _frame(blob, config)
