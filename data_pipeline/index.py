@@ -101,19 +101,29 @@ class ShardIndex:
 
         Raises:
             OSError: when the side file cannot be read.
-            ValueError: when the side file is damaged or of another version.
+            ValueError: when the side file is damaged, of another version, or of another shard than the index.
         """
         if shard not in self._cache:
             if shard in self._scanned:
-                blob = zlib.decompress(self._scanned[shard])
+                records, _ = decode_side(zlib.decompress(self._scanned[shard]))
             else:
-                folder, _, name = self.entries[shard].url.rpartition("/")
-                blob = self.storage.read_all(f"{folder}/{side_name(name)}")
-            self._cache[shard], _ = decode_side(blob)
+                records = self._read_side(self.entries[shard])
+            self._cache[shard] = records
             while len(self._cache) > self._cache_shards:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(shard)
         return self._cache[shard]
+
+    def _read_side(self, entry: ShardEntry) -> SampleRecords:
+        """Read a shard's side file and compare it with the index."""
+        folder, _, name = entry.url.rpartition("/")
+        records, size = decode_side(self.storage.read_all(f"{folder}/{side_name(name)}"))
+        known = bool(records.sha256 and entry.sha256)
+        if size != entry.size or (known and records.sha256[:DIGITS] != entry.sha256):
+            raise ValueError(
+                f"{name} was indexed anew since this run opened its data, as another shard; restore it, or start again"
+            )
+        return records
 
 
 def open_index(urls: Sequence[str], *, cache_shards: int = 32, storage: Storage | None = None) -> ShardIndex:

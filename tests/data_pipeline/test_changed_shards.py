@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.dataset import DatasetStream
-from data_pipeline.errors import ResumeError
+from data_pipeline.errors import BadDataError, ResumeError
 from data_pipeline.feed import LocalFeed, check_saved, make_state
 from data_pipeline.index import ShardEntry, ShardIndex, open_index, write_index
 from data_pipeline.shards import ShardWriter
@@ -175,3 +175,19 @@ def test_what_a_position_holds_of_the_shards_does_not_grow_with_them() -> None:
         with pytest.raises(ResumeError, match=f"pairs: shard number {shards - 1} was changed"):
             check_saved({"pairs": other}, make_state({"pairs": description}, 0))
     assert abs(sizes[1] - sizes[0]) < 200
+
+
+@pytest.mark.parametrize("known_by", ["checksum", "size"])
+def test_a_side_file_of_another_shard_stops_the_run(tmp_path: Path, known_by: str) -> None:
+    """A shard is written and indexed anew while a run reads it: its offsets would be those of the other shard."""
+    write_texts(tmp_path, texts())
+    feed = LocalFeed([pairs_config(tmp_path, mode="eval", batch_size=2)], BYTES, seed=0)
+    feed.next(0)
+    if known_by == "checksum":
+        write_texts(tmp_path, texts(k2="TEXT 2"))
+    else:
+        write_texts(tmp_path, texts(k2="text 2" * 200))
+        for side in tmp_path.glob("*.idx.json"):
+            side.write_text(json.dumps(json.loads(side.read_text()) | {"sha256": ""}))
+    with pytest.raises(BadDataError, match=r"unreadable shard.*shard-000001.tar.*was indexed anew"):
+        feed.next(1)
