@@ -142,9 +142,9 @@ def stages(folder: Path, *, dry: bool, limit: float) -> list[Stage]:
     kernels = [*bench, "kernels", *out, "--tests", junit, "--budget-seconds", "{budget}"]
     kernels += ["--levels", "core", "layer"]
     return [
-        Stage(name="tests", command=[*test, *_tests()], share=0.3 * limit, environment={"KMODE": "cuda"}),
-        Stage(name="losses", command=[*bench, "losses", *out], share=0.12 * limit),
-        Stage(name="step", command=[*bench, "step", *step, *out], share=0.2 * limit),
+        Stage(name="tests", command=[*test, *_tests()], share=0.27 * limit, environment={"KMODE": "cuda"}),
+        Stage(name="losses", command=[*bench, "losses", *out], share=0.1 * limit),
+        Stage(name="step", command=[*bench, "step", *step, *out], share=0.17 * limit),
         Stage(
             name="profile",
             command=[*bench, "step", *profile, *out[:-1], str(folder / "profile")],
