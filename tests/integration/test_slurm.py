@@ -118,7 +118,9 @@ def test_a_lost_node_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
 def test_missing_environment_is_one_clear_error(slurm: SlurmCluster, tmp_path: Path) -> None:
     result = run_job(slurm, tmp_path, "smoke", FLAMINGO_VENV=str(tmp_path / "nothing"))
     assert result.state == "FAILED"
-    assert f"{tmp_path / 'nothing'}/bin/python not found. Run make install" in result.output, result.output
+    for node in ("n1", "n2"):  # each says what it lacks, whichever is the first to end
+        says = f"node {node}: {tmp_path / 'nothing'}/bin/python not found. Run make install"
+        assert says in result.output, result.output
     assert "preflight failed, nothing was started" in result.output
     assert "starting Ray" not in result.output
 
