@@ -51,6 +51,10 @@ class Widths:
     """K."""
     resampler_head: int = 128
     """K of the paper's Resampler."""
+    depth: int = 6
+    """Layers of IDEFICS' Resampler."""
+    latents: int = 64
+    """R of IDEFICS' Resampler."""
     features: int = 1536
     """E, and C of IDEFICS, which has no map between the two."""
     encoder: int = 3072
@@ -74,7 +78,16 @@ IDEFICS = {
     "3b-idefics": PAPER["3b"],
     "9b-idefics": PAPER["9b"],
     "smoke-idefics": Widths(
-        width=64, heads=4, every=2, layers=2, head_dim=16, features=32, image_size=32, vocab=260
+        width=64,
+        heads=4,
+        every=2,
+        layers=2,
+        head_dim=16,
+        depth=2,
+        latents=16,
+        features=32,
+        image_size=32,
+        vocab=260,
     ),
 }
 """The same as transformers' IDEFICS can be it: SwiGLU, RMSNorm, rotary positions, an untied head."""
@@ -153,7 +166,13 @@ def _idefics(sizes: Widths, layers: int) -> FlamingoConfig:
         ),
         vision=_vision(sizes, sizes.features),
         resampler=ResamplerConfig(
-            feature_width=sizes.features, width=sizes.features, activation="relu", frames=1, frames_std=0.0
+            feature_width=sizes.features,
+            width=sizes.features,
+            depth=sizes.depth,
+            latents=sizes.latents,
+            activation="relu",
+            frames=1,
+            frames_std=0.0,
         ),
         gated=GatedBlockConfig(
             width=width,
