@@ -9,11 +9,10 @@ A frozen matrix has no gradient of its own, so this is all: of the three product
 fp8 suits least is not there.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from flamingo_dist.models.frozen_product import frozen_product
 from kernels.dispatch_fused import quantise_rows
 
 MULTIPLE = 16
@@ -40,43 +39,11 @@ def check_fp8_shape(outputs: int, inputs: int) -> None:
         )
 
 
-def fp8_product(x: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
-    """Return the product of x with a frozen matrix; its gradient reaches x alone.
-
-    Args:
-        x: floating [..., I].
-        codes_OI: float8_e4m3fn [O, I], contiguous.
-        codes_IO: the same, transposed, [I, O], contiguous.
-        scale_O: fp32 [O].
-
-    Returns:
-        [..., O] in the dtype of `x`.
-    """
-    run = _traced_product if torch.compiler.is_compiling() else _Product.apply
-    product: Tensor = run(x, codes_OI, codes_IO, scale_O)
-    return product
-
-
-class _Product(torch.autograd.Function):
-    """The eager product. Nothing is a saved tensor, as in `quantised.py`, so that recomputation stops early."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
-        """Return [..., O] of x [..., I]."""
-        ctx.codes_IO, ctx.scale_O = codes_IO, scale_O
-        return _product(x, codes_OI, codes_IO, scale_O)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of x [..., I] from that of the product [..., O]."""
-        return _input_grad(grads[0], ctx.codes_IO, ctx.scale_O), None, None, None
-
-
 def _product(x: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
     return _multiplied(x, None, codes_OI, scale_O[None])
 
 
-def _input_grad(grad: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
+def _input_grad(grad: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
     return _multiplied(grad, scale_O, codes_IO, scale_O.new_ones(1, len(codes_IO)))
 
 
@@ -95,27 +62,19 @@ def _multiplied(x: Tensor, factor_K: Tensor | None, codes_NK: Tensor, scale_1N: 
     return product_MN.to(x.dtype).view(*x.shape[:-1], len(codes_NK))
 
 
-# For compiled code both are operators that the compiler does not look into, as the products of `quantised.py`.
-_traced_product = torch.library.custom_op("flamingo::fp8_product", _product, mutates_args=())
-_traced_input_grad = torch.library.custom_op("flamingo::fp8_input_grad", _input_grad, mutates_args=())
+_run_product = frozen_product("fp8", _product, _input_grad)
 
 
-@_traced_product.register_fake
-def _(x: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes_OI.shape[0])
+def fp8_product(x: Tensor, codes_OI: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
+    """Return the product of x with a frozen matrix; its gradient reaches x alone.
 
+    Args:
+        x: floating [..., I].
+        codes_OI: float8_e4m3fn [O, I], contiguous.
+        codes_IO: the same, transposed, [I, O], contiguous.
+        scale_O: fp32 [O].
 
-@_traced_input_grad.register_fake
-def _(grad: Tensor, codes_IO: Tensor, scale_O: Tensor) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], codes_IO.shape[0])
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, _, ctx.codes_IO, ctx.scale_O = inputs
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return _traced_input_grad(grad, ctx.codes_IO, ctx.scale_O), None, None, None
-
-
-_traced_product.register_autograd(_backward, setup_context=_keep)
+    Returns:
+        [..., O] in the dtype of `x`.
+    """
+    return _run_product(x, codes_OI, codes_IO, scale_O)

@@ -7,7 +7,7 @@ computed is the product with `codes * scale`, which nobody makes.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flamingo_dist.models.fp8_product import check_fp8_shape, fp8_product
+from flamingo_dist.models.frozen_product import frozen_product
 from flamingo_dist.models.lm_config import MatrixProducts, WeightStorage
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -90,32 +91,11 @@ class QuantisedWeight(nn.Module):
         """Map x, floating of shape [..., I], to its product with the matrix: [..., O], dtype of x."""
         if self.codes_IO is not None:
             return fp8_product(x, self.codes_OI, self.codes_IO, self.scale_O)
-        run = _traced_product if torch.compiler.is_compiling() else _Product.apply
-        product: Tensor = run(x, self.codes_OI, self.scale_O)
-        return product
+        return _run_product(x, self.codes_OI, self.scale_O)
 
     def dequantised(self) -> Tensor:
         """Return the matrix that the products are with, fp32 [O, I]."""
         return self.codes_OI.float() * self.scale_O[:, None]
-
-
-class _Product(torch.autograd.Function):
-    """x times the matrix, with a gradient of x alone.
-
-    Codes and scale are kept as attributes, not by `save_for_backward`: they never change, and recomputation under
-    activation checkpointing, which runs until it has every saved tensor again, need not run the last product for them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-        """Return [..., O] of x [..., I]."""
-        ctx.codes_OI, ctx.scale_O = codes_OI, scale_O
-        return _product(x, codes_OI, scale_O)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of x [..., I] from that of the product [..., O]."""
-        return _input_grad(grads[0], ctx.codes_OI, ctx.scale_O), None, None
 
 
 def _product(x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
@@ -128,28 +108,4 @@ def _input_grad(grad: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
     return torch.matmul(scaled, codes_OI.to(grad.dtype))
 
 
-# For compiled code both are operators that the compiler does not look into: it found that forward and backward want
-# the same cast of the codes, and kept the cast matrix from the one to the other.
-_traced_product = torch.library.custom_op("flamingo::quantised_product", _product, mutates_args=())
-_traced_input_grad = torch.library.custom_op("flamingo::quantised_input_grad", _input_grad, mutates_args=())
-
-
-@_traced_product.register_fake
-def _(x: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes_OI.shape[0])
-
-
-@_traced_input_grad.register_fake
-def _(grad: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], codes_OI.shape[1])
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, ctx.codes_OI, ctx.scale_O = inputs
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _traced_input_grad(grad, ctx.codes_OI, ctx.scale_O), None, None
-
-
-_traced_product.register_autograd(_backward, setup_context=_keep)
+_run_product = frozen_product("quantised", _product, _input_grad)

@@ -92,22 +92,6 @@ def test_nothing_is_kept_for_the_backward():
     assert kept == []
 
 
-def test_compiled_code_computes_the_same_and_keeps_the_codes_alone():
-    matrix = stored()
-    x = torch.randn(3, 32).bfloat16().requires_grad_()
-    torch._dynamo.reset()
-    found = []
-    for run in (matrix, torch.compile(matrix, backend="aot_eager", fullgraph=True)):
-        kept: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            out = run(x)
-        found.append((kept, out, *torch.autograd.grad(out, x, torch.ones_like(out))))
-    (_, want, want_grad), (kept, out, grad) = found
-    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in matrix.buffers()}
-    assert torch.equal(out, want)
-    assert torch.equal(grad, want_grad)
-
-
 def test_the_transposed_codes_follow_the_others():
     module = nn.Sequential(stored())
     assert torch.equal(module[0].codes_IO.float(), module[0].codes_OI.float().T)

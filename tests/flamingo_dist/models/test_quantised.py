@@ -115,10 +115,10 @@ def test_no_copy_of_a_weight_lives_until_the_backward():
     assert not stored(torch.randn(3, 32)).requires_grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_code_keeps_the_codes_alone(kind):
+@pytest.mark.parametrize(("kind", "products"), [*((kind, "same") for kind in KINDS), ("fp8", "fp8")])
+def test_compiled_code_keeps_the_codes_alone(kind, products):
     """The compiler would find that both passes cast the codes, and keep the cast matrix from one to the other."""
-    stored = QuantisedWeight(torch.randn(64, 32), kind, inputs_cut=False)
+    stored = QuantisedWeight(torch.randn(64, 32), kind, inputs_cut=False, products=products)
     x = torch.randn(3, 32).bfloat16().requires_grad_()
     torch._dynamo.reset()
     found = []
@@ -128,7 +128,7 @@ def test_compiled_code_keeps_the_codes_alone(kind):
             out = run(x)
         found.append((kept, out, *torch.autograd.grad(out, x, torch.ones_like(out))))
     (_, want, want_grad), (kept, out, grad) = found
-    assert {t.data_ptr() for t in kept} <= {stored.codes_OI.data_ptr(), stored.scale_O.data_ptr()}
+    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in stored.buffers()}
     assert torch.equal(out, want)
     assert torch.equal(grad, want_grad)
 
