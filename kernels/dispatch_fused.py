@@ -100,15 +100,16 @@ def quantise_rows(
     """
     row_fp8_reference.check_shapes(x_NI, factor_I)
     reason = row_fp8_op.unsupported(x_NI) if have_triton else None
-    if launches(implementation, "quantise_rows", x_NI, reason):
-        return row_fp8_op.launch(x_NI, factor_I) if _is_eager(x_NI) else row_fp8_op.empty(x_NI)
+    if launches(implementation, "quantise_rows", x_NI, reason) and not torch.compiler.is_compiling():
+        # Of a fake tensor shapes alone are asked; the reference's temporaries would count as the kernel's.
+        return row_fp8_op.launch(x_NI, factor_I) if type(x_NI) is Tensor else row_fp8_op.empty(x_NI)
     return row_fp8_reference.quantise_rows(x_NI, factor_I)
 
 
-def _is_eager(x: Tensor) -> bool:
-    """Return whether `x` (any shape) is there to be computed on.
+def _is_eager(x_NCHW: Tensor) -> bool:
+    """Return whether `x_NCHW` [N, C, H, W] is there to be computed on.
 
     torch.compile fuses what follows a convolution by itself; of a fake tensor shapes alone are asked, which the
     reference has too.
     """
-    return not torch.compiler.is_compiling() and type(x) is Tensor
+    return not torch.compiler.is_compiling() and type(x_NCHW) is Tensor

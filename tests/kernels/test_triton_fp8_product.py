@@ -14,11 +14,8 @@ pytestmark = pytest.mark.modes("interpret", "cuda")
 
 @pytest.fixture(autouse=True)
 def _rounding(device: str) -> Iterator[None]:
-    if device == "cuda":
-        if torch.cuda.get_device_capability() < FIRST_CAPABILITY:
-            pytest.skip("this GPU has no fp8 matrix units")
-        yield
-        return
+    if device == "cuda" and torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+        pytest.skip("this GPU has no fp8 matrix units")
     with rounding_to_fp8():
         yield
 
