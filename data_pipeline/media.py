@@ -217,14 +217,14 @@ def pick_frames(
     return np.clip(np.searchsorted(times_N, middles_F + 1e-6, side="right") - 1, 0, len(times_N) - 1)
 
 
-def decode_features(blob: bytes, frames: int, num_features: int, width: int) -> np.ndarray:
+def decode_features(blob: bytes, frames: int | None, num_features: int, width: int) -> np.ndarray:
     """Read the features of a frozen encoder.
 
     The array is read by its header and size alone: no pickle, and no allocation that the bytes do not cover.
 
     Args:
         blob: an `.npy` file, float16 or float32 [f, S, C].
-        frames: F; more stored frames are thinned evenly, fewer repeated.
+        frames: F; more stored frames are thinned evenly, fewer repeated. None takes those that are stored.
         num_features: S.
         width: C.
 
@@ -253,7 +253,7 @@ def decode_features(blob: bytes, frames: int, num_features: int, width: int) -> 
     if len(blob) - offset != math.prod(shape) * dtype.itemsize:
         raise BadSampleError("bad features", f"{len(blob) - offset} bytes of data for shape {shape}, {dtype}")
     features_FSC = np.frombuffer(blob, dtype, offset=offset).reshape(shape)
-    if shape[0] != frames:
+    if frames is not None and shape[0] != frames:
         times = np.arange(shape[0], dtype=np.float64)
         features_FSC = features_FSC[pick_frames(times, float(shape[0]), frames, None, 0.5)]
     with np.errstate(over="ignore"):

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from flamingo_dist.inference.calls import Forward, ReduceSum, alone, evaluating, next_token_targets
+from flamingo_dist.inference.calls import (
+    Forward,
+    ReduceSum,
+    alone,
+    evaluating,
+    latents_of,
+    next_token_targets,
+)
 from flamingo_dist.inference.prompt import Prompt
 from flamingo_dist.models.vocabulary import IGNORE
 
@@ -95,7 +102,8 @@ def score_candidates(
     pairs.sort(key=lambda pair: len(prompts[pair[0]].tokens) + len(candidates[pair[1]]))
     scores_QN = torch.zeros(len(prompts), len(candidates), dtype=torch.float64)
     with evaluating(model):
-        latents_QMRE = _encode_media(model, prompts, media, media_mask, config.queries)
+        parts = zip(media.split(config.queries), media_mask.split(config.queries), strict=True)
+        latents_QMRE = torch.cat([latents_of(model, *some) for some in parts])
         for first in range(0, len(pairs), config.rows):
             chunk = pairs[first : first + config.rows]
             queries, choices = [query for query, _ in chunk], [choice for _, choice in chunk]
@@ -148,22 +156,6 @@ def rank_candidates(
         chance_top5=min(5 / choices, 1.0),
         count=round(count),
     )
-
-
-def _encode_media(
-    model: Forward, prompts: Sequence[Prompt], media: Tensor, media_mask: Tensor, queries: int
-) -> Tensor:
-    """Latents [Q, M, R, E] of all queries, a few at a time."""
-    found = []
-    for first in range(0, len(media), queries):
-        part = slice(first, first + queries)
-        # The latents do not depend on the text: one token is the cheapest text that goes through `forward`.
-        tokens_Q1 = torch.tensor([[prompt.tokens[0]] for prompt in prompts[part]], device=media.device)
-        index_Q1 = torch.zeros_like(tokens_Q1, dtype=torch.int32)
-        found.append(
-            model(tokens_Q1, index_Q1, media[part], media_mask[part], targets_BT=tokens_Q1).latents_BMRE
-        )
-    return torch.cat(found)
 
 
 def _score_chunk(

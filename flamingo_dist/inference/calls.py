@@ -52,6 +52,21 @@ def evaluating(model: Forward) -> Iterator[None]:
             module.training = training
 
 
+def latents_of(model: Forward, media: Tensor, media_mask_BM: Tensor) -> Tensor:
+    """Return the latents [B, M, R, E] of media; they do not depend on any text.
+
+    Args:
+        model: A module, an engine or a plain callable, in the mode that is wanted.
+        media: [B, M, F, ...], as in a batch, on the model's device.
+        media_mask_BM: bool [B, M].
+    """
+    # One token is the cheapest text that goes through `forward`; a target spares the head the logits.
+    tokens_B1 = torch.zeros(len(media), 1, dtype=torch.int64, device=media.device)
+    output = model(tokens_B1, tokens_B1.int(), media, media_mask_BM, targets_BT=tokens_B1)
+    latents_BMRE: Tensor = output.latents_BMRE
+    return latents_BMRE
+
+
 def next_token_targets(tokens_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
     """Make the targets of a forward: at each position the next token, where that token carries loss.
 

@@ -101,7 +101,7 @@ def generate(
     shown = media if latents_NMRE is None else latents_NMRE
     assert shown is not None, "one of the two was given"
     _check(prompt_tokens, media_index, shown, media_mask)
-    turns = _turns(prompt_tokens, config.batch_size)
+    turns = groups_of_equal_length([len(tokens) for tokens in prompt_tokens], config.batch_size)
     texts: list[list[int]] = [[] for _ in prompt_tokens]
     with evaluating(model):
         turn = 0
@@ -246,15 +246,15 @@ def _new_cache(model: Forward, config: GenerationConfig) -> Any:
     return cache
 
 
-def _turns(prompt_tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Cut the prompts into groups of equal length, at most `batch_size` each."""
+def groups_of_equal_length(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Cut rows, given by their lengths in tokens, into groups of equal length, at most `most` rows each."""
     by_length: dict[int, list[int]] = {}
-    for row, tokens in enumerate(prompt_tokens):
-        by_length.setdefault(len(tokens), []).append(row)
+    for row, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(row)
     return [
-        rows[first : first + batch_size]
+        rows[first : first + most]
         for _, rows in sorted(by_length.items())
-        for first in range(0, len(rows), batch_size)
+        for first in range(0, len(rows), most)
     ]
 
 

@@ -14,7 +14,7 @@ from data_pipeline.batch import Skip
 from data_pipeline.storage import Storage
 from flamingo_dist.evaluation.candidates import CandidateConfig
 from flamingo_dist.evaluation.continuations import score_continuations
-from flamingo_dist.inference.generate import GenerationConfig, generate
+from flamingo_dist.inference.generate import GenerationConfig, generate, groups_of_equal_length
 from flamingo_dist.models.flamingo import Flamingo
 from flamingo_dist.parallel.topology import ParallelConfig, Topology, world_device
 from jobs.encode import media_config
@@ -162,8 +162,9 @@ class _Answering:
             for query in lengths:
                 yield self._choose(self.prompter.ask(query, shots))
             return
-        for group in _alike(lengths, self.work.arguments.batch):
-            yield from self._write([self.prompter.ask(query, shots) for query in group], self.generation)
+        queries = list(lengths)
+        for rows in groups_of_equal_length(list(lengths.values()), self.work.arguments.batch):
+            yield from self._write([self.prompter.ask(queries[row], shots) for row in rows], self.generation)
 
     def _write(self, group: Sequence[Asked], config: GenerationConfig) -> Iterator[dict[str, Any]]:
         """Generate the answers of prompts of equal length."""
@@ -208,12 +209,3 @@ def _line(asked: Asked) -> dict[str, Any]:
         "demonstrations": [example.key for example in asked.demonstrations],
         "prompt_tokens": len(asked.prompts[0].tokens),
     }
-
-
-def _alike(lengths: Mapping[Example, int], most: int) -> Iterator[list[Example]]:
-    """Group queries whose prompts are of equal length, at most so many."""
-    by_length: dict[int, list[Example]] = {}
-    for query, length in lengths.items():
-        by_length.setdefault(length, []).append(query)
-    for _, alike in sorted(by_length.items()):
-        yield from (alike[first : first + most] for first in range(0, len(alike), most))

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from data_pipeline.media import (
 from data_pipeline.reading import SampleReader
 from data_pipeline.storage import Storage
 from flamingo_dist.evaluation.demonstrations import pooled
-from flamingo_dist.inference.calls import evaluating
+from flamingo_dist.inference.calls import evaluating, latents_of
 from flamingo_dist.models.flamingo import Flamingo, FlamingoConfig
 from flamingo_dist.parallel.topology import MegatronMPU, Topology, world_device
 from jobs.evaluate.examples import Example
@@ -130,21 +129,11 @@ class MediaReader:
         )
         blob, extension = reader.get(example.medium), example.medium
         if extension == FEATURE_EXTENSION:
-            return decode_features(blob, self.frames or _stored_frames(blob), *self.features)
+            return decode_features(blob, self.frames or None, *self.features)
         is_clip = extension not in IMAGE_EXTENSIONS or (extension in PIL_VIDEO_EXTENSIONS and self.frames > 1)
         if is_clip:
             return decode_video(blob, extension, self.frames or self.trained_frames, self.config)
         return decode_image(blob, self.config)[None]
-
-
-def _stored_frames(blob: bytes) -> int:
-    """Return the frames of stored features [F, S, C] by their header; 1 where it is none, which decoding will say."""
-    stream = BytesIO(blob)
-    try:
-        np.lib.format.read_magic(stream)
-        return int(np.lib.format.read_array_header_1_0(stream)[0][0])
-    except Exception:  # a broken header raises ValueError, KeyError, SyntaxError or TokenError
-        return 1
 
 
 def encode_media(
@@ -240,18 +229,11 @@ def _encode(
     """Encode media of one shape and write their rows."""
     media_NF = torch.from_numpy(np.stack([found for _, found in alike])).to(world_device())
     features_NFSC = model.encode_pixels(media_NF) if media_NF.dtype == torch.uint8 else media_NF
-    # The latents do not depend on the text: one token is the cheapest text that goes through `forward`.
-    tokens_N1 = torch.zeros(len(alike), 1, dtype=torch.int64, device=media_NF.device)
-    output = model(
-        tokens_N1,
-        torch.zeros_like(tokens_N1, dtype=torch.int32),
-        features_NFSC[:, None],
-        torch.ones_like(tokens_N1, dtype=torch.bool),
-        targets_BT=tokens_N1,
-    )
+    shown_N1 = torch.ones(len(alike), 1, dtype=torch.bool, device=media_NF.device)
+    latents_N1RE = latents_of(model, features_NFSC[:, None], shown_N1)
     if topology.tensor_rank == 0:
         rows = [store.row[place_of(example)] for example, _ in alike]
-        store.latents_NRE[rows] = output.latents_BMRE[:, 0].cpu()
+        store.latents_NRE[rows] = latents_N1RE[:, 0].cpu()
         store.pooled_NC[rows] = torch.stack([pooled(features_FSC) for features_FSC in features_NFSC]).cpu()
 
 

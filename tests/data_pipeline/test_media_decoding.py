@@ -164,6 +164,10 @@ def test_features() -> None:
     np.testing.assert_array_equal(decode_features(blob, 3, S, C), stored.astype(np.float16))
     np.testing.assert_array_equal(decode_features(blob, 1, S, C)[0], stored[1])
     assert decode_features(blob, 6, S, C)[:, 0, 0].tolist() == [0, 0, 24, 24, 48, 48]
+    long_header = io.BytesIO()
+    np.lib.format.write_array(long_header, stored, version=(2, 0))
+    for whole in (blob, long_header.getvalue()):
+        np.testing.assert_array_equal(decode_features(whole, None, S, C), stored.astype(np.float16))
     infinite = npy_bytes(np.full((1, S, C), np.inf))
     pickled = io.BytesIO()
     np.save(pickled, np.array([[[{}]]]), allow_pickle=True)
