@@ -18,9 +18,7 @@ def check_choices(config: object, prefix: str = "") -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         allowed, value = _choices(hint), getattr(config, name)
         if allowed is not None and value not in allowed:
-            raise ValueError(
-                f"{prefix}{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}."
-            )
+            raise ValueError(f"{prefix}{name}={value!r} is not known; choose one of {tuple(allowed)}.")
 
 
 def _choices(hint: Any) -> list[Any] | None:

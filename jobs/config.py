@@ -11,9 +11,8 @@ from data_pipeline.actors import ReaderConfig
 from data_pipeline.config import DatasetConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from flamingo_dist.models.flamingo import FlamingoConfig
-from flamingo_dist.models.fp8_product import check_fp8_shape
 from flamingo_dist.parallel.topology import ParallelConfig, Topology
-from flamingo_dist.planning.parameters import lm_matrices
+from flamingo_dist.planning.parameters import check_fp8_shapes
 from flamingo_dist.training.config import TrainConfig
 
 
@@ -163,9 +162,7 @@ class RunConfig:
         topology = Topology(world=self.resources.workers, rank=0, tensor=self.parallel.tensor)
         topology.check_divisible(self.model.tensor_sizes())
         self.parallel.check_storage(self.model.lm.weight_storage)
-        if self.model.lm.matrix_products == "fp8":
-            for outputs, inputs in lm_matrices(self.model.lm, self.parallel.tensor):
-                check_fp8_shape(outputs, inputs)
+        check_fp8_shapes(self.model.lm, self.parallel.tensor)
         self._check_precision()
         for name, dataset in {**self.data.train, **self.data.held_out}.items():
             topology.check_batch(name, dataset.batch_size)
@@ -257,12 +254,13 @@ class RunConfig:
         del whole["model"]["weights"], whole["model"]["lm"]["weights"]
         del whole["model"]["vision"]["weights"], whole["model"]["vision"]["statistics"]
         # Settings from before which there are checkpoints.
-        if not self.model.lm.further_tokens:
-            del whole["model"]["lm"]["further_tokens"]
-        if self.model.lm.weight_storage == "same":
-            del whole["model"]["lm"]["weight_storage"]
-        if self.model.lm.matrix_products == "same":
-            del whole["model"]["lm"]["matrix_products"]
+        for name, before in {
+            "further_tokens": 0,
+            "weight_storage": "same",
+            "matrix_products": "same",
+        }.items():
+            if whole["model"]["lm"][name] == before:
+                del whole["model"]["lm"][name]
         weights = {
             name: [list(point) for point in dataset.weight_schedule.points] or dataset.weight
             for name, dataset in self.data.train.items()

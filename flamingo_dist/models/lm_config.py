@@ -1,7 +1,9 @@
 """Configuration of the frozen language model."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from flamingo_dist.choices import check_choices
 
 Naming = Literal["llama", "opt", "gpt2", "mpt", "mosaic_gpt"]
 WeightStorage = Literal["same", "int8", "fp8"]
@@ -133,19 +135,7 @@ class LMConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of channels.")
         if self.positions == "relative" and self.width % 2:
             raise ValueError(f"width {self.width} is odd: relative positions need pairs of sine and cosine.")
-        for name in (
-            "activation",
-            "norm",
-            "bias",
-            "qk_norm",
-            "positions",
-            "naming",
-            "weight_storage",
-            "matrix_products",
-        ):
-            allowed = get_args(type(self).__annotations__[name])
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {allowed}.")
+        check_choices(self)
         if self.matrix_products == "fp8" and self.weight_storage != "fp8":
             raise ValueError(
                 f"matrix_products='fp8' needs weight_storage='fp8', not {self.weight_storage!r}: set both, or neither."

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flamingo_dist.models.flamingo import FlamingoConfig
+from flamingo_dist.models.fp8_product import check_fp8_shape
 from flamingo_dist.models.gated_block import GatedBlockConfig
 from flamingo_dist.models.lm_config import LMConfig
 from flamingo_dist.models.resampler import ResamplerConfig
@@ -88,6 +89,13 @@ def lm_matrices(lm: LMConfig, tp: int) -> list[tuple[int, int]]:
     found = [((queries + 2 * keys) // tp, lm.width), (lm.width, queries // tp)]
     found += [(hidden // tp, lm.width), (lm.width, lm.ffn_width // tp)]
     return found + ([(queries // tp, lm.width)] if lm.positions == "relative" else [])
+
+
+def check_fp8_shapes(lm: LMConfig, tp: int) -> None:
+    """Raise `ValueError` where a rank's matrix is to be multiplied in fp8 and does not fit the matrix units."""
+    if lm.matrix_products == "fp8":
+        for outputs, inputs in lm_matrices(lm, tp):
+            check_fp8_shape(outputs, inputs)
 
 
 def lm_block(lm: LMConfig, tp: int) -> int:

@@ -4,12 +4,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flamingo_dist.models.fp8_product import check_fp8_shape
 from flamingo_dist.parallel.topology import Topology
 from flamingo_dist.planning.flops import step_flops
 from flamingo_dist.planning.hardware import GIB, Assumptions
 from flamingo_dist.planning.memory import Residency, activation_memory, gathered_bytes, state_memory
-from flamingo_dist.planning.parameters import lm_matrices
+from flamingo_dist.planning.parameters import check_fp8_shapes
 from flamingo_dist.planning.seconds import Machine, link_bytes, step_seconds
 from flamingo_dist.planning.traffic import step_traffic
 from flamingo_dist.planning.workload import Workload
@@ -125,26 +124,14 @@ def refusal(work: Workload, machine: Machine, tp: int) -> str:
         sizes["lm.vocab_size (random weights)"] = work.model.lm.vocab_size
     try:
         Topology(world=machine.gpus, rank=0, tensor=tp).check_divisible(sizes)
+        check_fp8_shapes(work.model.lm, tp)
     except ValueError as error:
         return f"tp {tp}: {error}"
-    no_fp8 = _fp8_refusal(work, machine, tp) if work.model.lm.matrix_products == "fp8" else ""
-    if no_fp8:
-        return f"tp {tp}: {no_fp8}"
+    if work.model.lm.matrix_products == "fp8" and not machine.gpu.fp8_tflops:
+        return f"tp {tp}: model.lm.matrix_products='fp8' needs a GPU with fp8 matrix units (h100 and later)."
     dp = machine.gpus // tp
     bad = [f"{d.name} has {d.rows}" for d in work.datasets if d.rows % dp]
     return f"tp {tp}: rows of a batch must divide among {dp} ranks; {', '.join(bad)}." if bad else ""
-
-
-def _fp8_refusal(work: Workload, machine: Machine, tp: int) -> str:
-    """Return why frozen matrices cannot be multiplied in fp8, or ""."""
-    if not machine.gpu.fp8_tflops:
-        return "model.lm.matrix_products='fp8' needs a GPU with fp8 matrix units (h100 and later)."
-    try:
-        for outputs, inputs in lm_matrices(work.model.lm, tp):
-            check_fp8_shape(outputs, inputs)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _layout(

@@ -213,7 +213,7 @@ def _blank(config: StepConfig, name: str, contender: str) -> Row:
         sizes += " fused_encoder"
     return Row(
         level="step", op="Flamingo", shape=name, sizes=sizes, contender=contender,
-        ours=contender == "triton" or COMPILED in contender or FP8 in contender,
+        ours=contender not in ("reference", idefics.NAME),
         mode="step", dtype=str(config.dtype).removeprefix("torch."), status="left out",
     )  # fmt: skip
 

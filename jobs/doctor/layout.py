@@ -166,7 +166,7 @@ def check_fp8(run: RunConfig, nodes: Sequence[NodeReport]) -> list[Finding]:
     sheets = {name: gpu_of(name) for name in names}
     without = [name for name, sheet in sheets.items() if sheet is not None and not sheet.fp8_tflops]
     if not without:
-        return [ok("fp8 products", f"{', '.join(names)}")]
+        return [ok("fp8 products", ", ".join(names))]
     return [
         fail(
             "fp8 products",
